@@ -1,0 +1,32 @@
+"""Augmentations on the device, drawn for the global batch: functions of (seed, step, sample)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sgan_dist.config import AugmentConfig
+from sgan_dist.noise import Draw
+
+
+def affine(images: Tensor, config: AugmentConfig, draw: Draw) -> Tensor:
+    """Rotates, scales, shears and shifts images (n, C, H, W), each by its own random amounts.
+
+    Bilinear, differentiable; what comes in from outside repeats the border. One map for real and
+    generated images alike: otherwise D would tell them apart by the augmentation.
+    """
+    if not (config.rotation or config.scale or config.shear or config.translate):
+        return images
+    height, width = images.shape[-2:]
+    u = (2 * draw.uniform(5) - 1).to(images.dtype)
+    angle = u[:, 0] * (config.rotation * torch.pi / 180)
+    zoom = 1 + u[:, 1] * config.scale
+    shear = u[:, 2] * config.shear
+    shift = torch.stack([u[:, 3] * 2 / width, u[:, 4] * 2 / height], 1) * config.translate
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    # rotation and zoom after a horizontal shear, as the map from output to input positions
+    matrix = torch.stack([cos, cos * shear - sin, sin, sin * shear + cos], 1).view(-1, 2, 2)
+    theta = torch.cat([matrix, shift.unsqueeze(2)], 2)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -1,0 +1,142 @@
+"""The only file that knows Accelerate: processes, devices, data-parallel wrappers, precision."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import accelerate
+import torch
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from sgan_dist.config import OptimConfig, TrainConfig
+from sgan_dist.errors import UserError
+
+CPU_RANKS = (
+    "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {n} launch/train.py"
+)
+
+
+class Player:
+    """A network with its optimizer: `network` is the plain module, `wrapped` synchronizes gradients."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        accelerator: accelerate.Accelerator,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.network = network
+        self.wrapped: nn.Module = accelerator.prepare_model(network)
+        self._accelerator = accelerator
+        self._optimizer = optimizer
+        self._parameters = list(network.parameters())
+
+    def backward(self, loss_share: Tensor, clip_norm: float | None) -> Tensor:
+        """Sets the gradients of the global loss, clipped; returns their norm before clipping.
+
+        Data-parallel wrappers average gradients over ranks; shares must be added up.
+        """
+        self._optimizer.zero_grad(set_to_none=True)
+        self._accelerator.backward(loss_share * self._accelerator.num_processes)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, clip_norm, norm)
+        return norm
+
+    def step(self, lr: float) -> None:
+        """One optimizer step at the rate `lr`."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+
+    def state(self) -> dict[str, Any]:
+        """Network and optimizer, as a checkpoint keeps them."""
+        return {"network": self.network.state_dict(), "optimizer": self._optimizer.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+
+class Backend:
+    """The processes of this run, as Accelerate finds them in the launcher's environment."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        _refuse_silent_single_process()
+        self.precision = config.precision
+        self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
+        self.accelerator = accelerate.Accelerator(
+            mixed_precision="bf16" if config.precision == "bf16" else "no",
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    # Running statistics are global already, or derived from equal values.
+                    broadcast_buffers=False,
+                    # Keeps DDP from rebuilding its buckets after the first step: sums would be made
+                    # in another order then, and a resumed run would differ in the last bits.
+                    find_unused_parameters=True,
+                )
+            ],
+        )
+        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.device: torch.device = self.accelerator.device
+        if config.world_size is not None and config.world_size != self.world_size:
+            raise UserError(
+                f"train.world_size asks for {config.world_size} processes, and the launcher started"
+                f" {self.world_size}; on CPU start them with:"
+                f" {CPU_RANKS.format(n=config.world_size)}"
+            )
+
+    def prepare(self, network: nn.Module, lr: float, config: OptimConfig) -> Player:
+        """The network, moved to the device, with its optimizer."""
+        network.to(self.device, self.dtype)
+        parameters = list(network.parameters())
+        optimizer: torch.optim.Optimizer
+        if config.name == "adam":
+            optimizer = torch.optim.Adam(parameters, lr, betas=config.betas, fused=True)
+        else:
+            optimizer = torch.optim.SGD(parameters, lr, momentum=config.betas[0], fused=True)
+        return Player(network, self.accelerator, optimizer)
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Mixed precision for the networks, where the config asks for it."""
+        return self.accelerator.autocast()  # type: ignore[no-any-return]
+
+    def describe(self) -> str:
+        """One line: what the launcher gave."""
+        threads = f", {torch.get_num_threads()} threads each" if self.device.type == "cpu" else ""
+        return (
+            f"{self.world_size} process{'es' if self.world_size > 1 else ''} on {self.device.type}"
+            f"{threads}, {self.precision}, accelerate {self.accelerator.distributed_type.value}"
+        )
+
+    def close(self) -> None:
+        """Leaves the process group; without it a multi-process run ends with a warning."""
+        self.accelerator.end_training()
+
+
+@contextlib.contextmanager
+def frozen(network: nn.Module) -> Iterator[nn.Module]:
+    """`network` without gradients for its own parameters: they flow through it only."""
+    network.requires_grad_(False)
+    try:
+        yield network
+    finally:
+        network.requires_grad_(True)
+
+
+def _refuse_silent_single_process() -> None:
+    """`accelerate launch --cpu --num_processes 2` names a rendezvous and starts one process."""
+    asked = "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ
+    if asked and "RANK" not in os.environ:
+        raise UserError(
+            "accelerate was asked for several processes and started a single one, as it does on CPU;"
+            f" start them with: {CPU_RANKS.format(n='N')}"
+        )

@@ -1,0 +1,178 @@
+"""Collectives: sums over all ranks, batch norm over the global batch, and agreement on errors.
+
+One contract for gradients: what a rank back-propagates is its additive *share* of the global loss.
+Shares add up over ranks to the global loss, in value and in gradient; `backend.py` alone undoes the
+averaging of data-parallel wrappers.
+
+All of it works without a process group too, as a world of one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sgan_dist.errors import UserError
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """The sum over ranks, without gradient; same shape and dtype."""
+    total = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+class _DifferentiableSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return all_sum(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return all_sum(gradient)
+
+
+def differentiable_sum(value: Tensor) -> Tensor:
+    """The sum over ranks; its gradient gathers what every rank's share of the loss makes of it."""
+    return _DifferentiableSum.apply(value) if world_size() > 1 else value  # type: ignore[no-any-return, no-untyped-call]
+
+
+def straight_through_sum(local: Tensor) -> Tensor:
+    """The sum over ranks, with the gradient of this rank's part alone.
+
+    For a loss that every rank computes alike from global sums: the ranks' gradients add up to the
+    whole one.
+    """
+    return local + (all_sum(local) - local).detach()
+
+
+def share(value: Tensor) -> Tensor:
+    """Turns a loss that every rank computes alike into a share: value / world size, same gradient."""
+    return value - value.detach() * (1 - 1 / world_size())
+
+
+def gather_batch(local: Tensor) -> Tensor:
+    """The global batch, ranks in order, from equal parts; no gradient."""
+    if world_size() == 1:
+        return local
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(parts, local.contiguous())
+    return torch.cat(parts)
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch norm over the global batch, for (n, C) and (n, C, H, W), on CPU and GPU.
+
+    Sums, squared sums and counts are summed over ranks, with gradient, in at least fp32. (torch's
+    SyncBatchNorm refuses CPU tensors.) In eval mode the running averages are used.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self._moments(x) if self.training else (self.running_mean, self.running_var)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        view = (1, -1) + (1,) * (x.dim() - 2)
+        out = x * scale.view(view) + (self.bias - mean * scale).view(view)
+        return out.to(x.dtype)
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        axes = [d for d in range(values.dim()) if d != 1]
+        count = x.numel() // x.shape[1] * world_size()  # every rank holds as many
+        mean = differentiable_sum(values.sum(axes)) / count
+        # Second pass over centered values: squared sums alone would cancel in fp32.
+        view = (1, -1) + (1,) * (x.dim() - 2)
+        var = differentiable_sum((values - mean.view(view)).square().sum(axes)) / count
+        with torch.no_grad():
+            unbiased = var * (count / max(count - 1, 1))
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return mean, var
+
+
+def gather_objects(mine: T) -> list[T]:
+    """One small picklable object from every rank, ranks in order, on every rank."""
+    if world_size() == 1:
+        return [mine]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, mine, group=_host_group())
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _host_group() -> Any:
+    """A gloo group for messages between hosts: with NCCL they would stall the GPU's stream."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def agree(error: str | None = None, stop: bool = False) -> bool:
+    """Makes one rank's trouble everyone's, at a point that all ranks reach.
+
+    Returns whether any rank asked to stop. Raises UserError on every rank when any rank brings an
+    error, with the lowest rank's message.
+    """
+    if world_size() == 1:
+        flags = [error is not None, stop]
+    else:
+        tensor = torch.tensor([error is not None, stop], dtype=torch.int32)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_host_group())
+        flags = [bool(flag) for flag in tensor.tolist()]
+    if flags[0]:
+        raise UserError(next(message for message in gather_objects(error) if message is not None))
+    return flags[1]
+
+
+def together(work: Callable[[], T]) -> T:
+    """Runs `work` on every rank; a UserError or OSError on any of them is raised on all."""
+    result, message = attempt(work)
+    agree(message)
+    return result  # type: ignore[return-value]
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0 alone, and returns its (picklable) result, or raises its error, on all."""
+    result, message = attempt(work) if rank() == 0 else (None, None)
+    agree(message)
+    if world_size() > 1:
+        box = [result]
+        dist.broadcast_object_list(box, src=0, group=_host_group())
+        result = box[0]
+    return result  # type: ignore[return-value]
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The result of `work`, or the message of its UserError or OSError, to `agree` on."""
+    try:
+        return work(), None
+    except UserError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"{error.strerror or error}: {error.filename}" if error.filename else str(
+            error
+        )

@@ -1,0 +1,95 @@
+"""What a discriminator and a generator must be, and the pieces that networks share.
+
+A user's own network is any `nn.Module` with these signatures, named `package.module:Class` in the
+config; it is built as `Class(image_shape=(C, H, W), outputs=..., **args)` for a discriminator and
+`Class(image_shape=(C, H, W), **args)` for a generator.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from sgan_dist.noise import Draw
+
+
+class DiscriminatorOutput(NamedTuple):
+    """What D says of n images."""
+
+    logits: Tensor
+    """(n, N) in the implied form, (n, N+1) with the fake class last in the explicit one"""
+    features: Tensor
+    """(n, F), the layer whose means feature matching compares"""
+
+
+class Discriminator(Protocol):
+    def __call__(self, images: Tensor, draw: Draw | None = None) -> DiscriminatorOutput:
+        """Images (n, C, H, W) in [-1, 1]. All randomness comes from `draw`; None is evaluation.
+
+        Nothing may mix samples but through `sgan_dist.distributed`: the batch is a rank's part of
+        three joined batches.
+        """
+        ...
+
+
+class Generator(Protocol):
+    def latent(self, draw: Draw) -> Tensor:
+        """Latent vectors (n, Z), one a row of `draw`."""
+        ...
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Images (n, C, H, W) in [-1, 1] from latent vectors (n, Z)."""
+        ...
+
+
+def gaussian_noise(x: Tensor, std: float, draw: Draw | None) -> Tensor:
+    """`x` plus N(0, std^2) noise; `x` itself in evaluation."""
+    if draw is None or std == 0:
+        return x
+    return x + std * draw.normal(*x.shape[1:]).to(x.dtype)
+
+
+def dropout(x: Tensor, rate: float, draw: Draw | None) -> Tensor:
+    """`x` with elements zeroed at `rate`, the rest scaled up; `x` itself in evaluation."""
+    if draw is None or rate == 0:
+        return x
+    keep = draw.uniform(*x.shape[1:]) >= rate
+    return x * keep.to(x.dtype) / (1 - rate)
+
+
+def normed(layer: nn.Module) -> nn.Module:
+    """`layer` with weight normalization (Salimans & Kingma 2016): weight = g v / |v|."""
+    return weight_norm(layer)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def data_dependent_init(network: nn.Module, images: Tensor) -> None:
+    """Scales weight-normed layers so that their outputs have mean 0 and variance 1 on `images`.
+
+    Salimans & Kingma 2016, sec. 3. Run it on the same images on every rank. The variance is over
+    the batch and, for maps, over positions. Layers without weight norm are left as they are.
+    """
+
+    def standardize(layer: nn.Module, _: object, out: Tensor) -> Tensor:
+        axes = [d for d in range(out.dim()) if d != 1]
+        mean, std = out.mean(axes), out.std(axes, correction=0) + 1e-8
+        gain = layer.parametrizations.weight.original0  # type: ignore[union-attr]
+        gain.div_(std.view(-1, *[1] * (gain.dim() - 1)))  # type: ignore[operator, union-attr]
+        layer.bias.copy_((layer.bias - mean) / std)  # type: ignore[operator, union-attr, arg-type]
+        view = (1, -1) + (1,) * (out.dim() - 2)
+        return (out - mean.view(view)) / std.view(view)
+
+    layers = [
+        layer
+        for layer in network.modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and hasattr(layer, "parametrizations")
+    ]
+    hooks = [layer.register_forward_hook(standardize) for layer in layers]
+    try:
+        network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()

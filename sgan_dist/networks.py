@@ -1,0 +1,89 @@
+"""The networks of a run: building them, their first values, and their state in a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgan_dist import ema
+from sgan_dist.backend import Backend, Player
+from sgan_dist.config import Config, EmaConfig
+from sgan_dist.data.loader import SemiSupervisedBatch
+from sgan_dist.distributed import gather_batch
+from sgan_dist.models import build_discriminator, build_generator
+from sgan_dist.models.base import data_dependent_init
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What is trained, and the averaged D. `generator` is None in a supervised-only run."""
+
+    discriminator: Player
+    generator: Player | None
+    average: nn.Module
+
+    def plain(self) -> dict[str, nn.Module]:
+        """The modules by name, without wrappers."""
+        players = {"discriminator": self.discriminator.network, "average": self.average}
+        if self.generator is not None:
+            players["generator"] = self.generator.network
+        return players
+
+    def update_average(self, seen: int, batch: int, config: EmaConfig) -> None:
+        """Moves the averaged D after a step; see `sgan_dist.ema.update`."""
+        ema.update(self.average, self.discriminator.network, seen, batch, config)
+
+    def state(self) -> dict[str, Any]:
+        """All tensors of a checkpoint."""
+        state = {"discriminator": self.discriminator.state(), "average": self.average.state_dict()}
+        if self.generator is not None:
+            state["generator"] = self.generator.state()
+        return state
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.discriminator.load(state["discriminator"])
+        self.average.load_state_dict(state["average"])
+        if self.generator is not None:
+            self.generator.load(state["generator"])
+
+
+def outputs(config: Config, classes: int) -> int:
+    """Logits of D: one a class, and in the explicit form one for fake."""
+    return classes + (config.loss.form == "explicit")
+
+
+def build(
+    config: Config, image_shape: tuple[int, int, int], classes: int, backend: Backend
+) -> Networks:
+    """The networks for images (H, W, C), with the same initial values on every rank."""
+    height, width, channels = image_shape
+    shape, model, optim = (channels, height, width), config.model, config.optim
+    torch.manual_seed(config.seed)
+    discriminator = build_discriminator(
+        model.discriminator, shape, outputs(config, classes), model.discriminator_args
+    )
+    generator = None
+    if not config.train.supervised_only:
+        network = build_generator(model.generator, shape, model.generator_args)
+        generator = backend.prepare(network, optim.generator_lr, optim)
+    average = ema.averaged_copy(discriminator)
+    player = backend.prepare(discriminator, optim.lr, optim)
+    average.to(backend.device, next(discriminator.parameters()).dtype)
+    return Networks(player, generator, average)
+
+
+def initialize(networks: Networks, first: SemiSupervisedBatch, backend: Backend) -> None:
+    """Data-dependent first values of D, from the whole first global batch, alike on every rank."""
+    parts = [first.labeled, first.unlabeled]
+    images = torch.cat([gather_batch(to_float(part, backend)) for part in parts if len(part)])
+    data_dependent_init(networks.discriminator.network, images)
+    networks.average.load_state_dict(networks.discriminator.network.state_dict())
+
+
+def to_float(images: Tensor, backend: Backend) -> Tensor:
+    """uint8 (n, H, W, C) -> (n, C, H, W) in [-1, 1], fp32 or fp64, on the device."""
+    images = images.to(backend.device, non_blocking=True)
+    return images.permute(0, 3, 1, 2).to(backend.dtype).div_(127.5).sub_(1).contiguous()

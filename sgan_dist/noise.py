@@ -1,0 +1,75 @@
+"""Random numbers that do not know how many GPUs there are.
+
+Every draw is made for the global batch from `(seed, purpose, step)`, and each rank keeps the rows of
+its own samples. So noise, dropout and augmentation are a function of step and of the sample's place
+in the global batch, whatever the world size, and a resumed run draws what the uninterrupted one did.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows `[start, stop)` of a global batch of `total` samples that this rank holds."""
+
+    total: int
+    start: int
+    stop: int
+
+    @staticmethod
+    def of(total: int, rank: int, world_size: int) -> Rows:
+        """The contiguous share of `rank`; `world_size` divides `total`."""
+        share = total // world_size
+        return Rows(total, rank * share, (rank + 1) * share)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class Draw:
+    """A sequence of random tensors for one forward pass over a joined batch.
+
+    The batch is the concatenation of parts (labeled, unlabeled, fake), each with its own rows of a
+    global batch. The n-th call on any rank draws the same global tensor, so every rank must make the
+    same calls in the same order. Values are drawn in fp32, on the device.
+    """
+
+    def __init__(
+        self, seed: int, purpose: str, step: int, parts: Sequence[Rows], device: torch.device
+    ) -> None:
+        self._key = f"{seed}/{purpose}/{step}"
+        self._parts = parts
+        self._device = device
+        self._calls = 0
+        self._generator = torch.Generator(device)
+
+    def __len__(self) -> int:
+        """Rows of the joined local batch."""
+        return sum(len(part) for part in self._parts)
+
+    def normal(self, *shape: int) -> Tensor:
+        """N(0, 1), fp32 (n, *shape), n the rows of the joined local batch."""
+        return self._draw(torch.randn, shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """U[0, 1), fp32 (n, *shape)."""
+        return self._draw(torch.rand, shape)
+
+    def _draw(self, sampler, shape: tuple[int, ...]) -> Tensor:  # type: ignore[no-untyped-def]
+        rows = []
+        for number, part in enumerate(self._parts):
+            key = f"{self._key}/{self._calls}/{number}".encode()
+            digest = hashlib.blake2b(key, digest_size=8).digest()
+            # manual_seed takes a signed 64-bit value
+            self._generator.manual_seed(int.from_bytes(digest, "little", signed=True))
+            whole = sampler((part.total, *shape), generator=self._generator, device=self._device)
+            rows.append(whole[part.start : part.stop])
+        self._calls += 1
+        return torch.cat(rows)

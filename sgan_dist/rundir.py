@@ -1,0 +1,113 @@
+"""The run directory's marks: DONE, FAILED, summary.json, and what a run was made with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy
+import torch
+import webdataset
+
+import sgan_dist
+from sgan_dist.backend import Backend
+from sgan_dist.config import Config, save
+from sgan_dist.errors import UserError
+
+
+def claim(config: Config) -> None:
+    """Makes the run directory, with the config in it; raises UserError where it can't be written."""
+    run = config.directory
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        save(config, run / "config.yaml")
+        (run / "FAILED").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"can't write to the run directory {run} ({error.strerror}): give another --run_dir"
+        ) from error
+
+
+def mark_failed(run: Path, reason: str) -> None:
+    """Leaves FAILED with the reason, where the directory can be written at all."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "FAILED").write_text(reason + "\n")
+    except OSError as error:
+        print(f"can't leave {run / 'FAILED'}: {error.strerror}")
+
+
+def mark_done(run: Path, summary: dict[str, Any]) -> None:
+    """Writes summary.json, then DONE."""
+    partial = run / ".summary.partial"
+    partial.write_text(json.dumps(summary, indent=1) + "\n")
+    partial.replace(run / "summary.json")
+    (run / "DONE").write_text(f"{summary['step']} steps\n")
+
+
+def finished(config: Config) -> dict[str, Any] | None:
+    """The summary of a run that is done; None where steps are left to make."""
+    run = config.directory
+    if not (run / "DONE").exists():
+        return None
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    if summary["step"] < config.train.steps:
+        (run / "DONE").unlink()
+        return None
+    return summary
+
+
+def environment(backend: Backend) -> dict[str, Any]:
+    """What the bits of a result depend on besides the config."""
+    return {
+        "world_size": backend.world_size,
+        "device": backend.device.type,
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what it stands on."""
+    return {
+        "sgan_dist": sgan_dist.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+        "webdataset": webdataset.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+def is_rank_zero() -> bool:
+    """Whether this process may print, from the launcher's environment: no process group is needed."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def write_sample_ids(run: Path, step: int, ids: list[list[list[int]]]) -> None:
+    """Leaves the sample ids of the batch that broke, rank by rank, for who wants to look at it."""
+    if is_rank_zero():
+        path = run / f"nonfinite-step-{step:08d}.json"
+        ranks = [{"labeled": labeled, "unlabeled": unlabeled} for labeled, unlabeled in ids]
+        path.write_text(json.dumps({"step": step, "ranks": ranks}) + "\n")
+
+
+def results(run: Path, summary: dict[str, Any]) -> str:
+    """The closing table."""
+    lines = ["", "test error"]
+    lines.append(f"  semi-supervised GAN     {summary['test_error']:7.2%}")
+    if "supervised_test_error" in summary:
+        lines.append(f"  supervised only         {summary['supervised_test_error']:7.2%}")
+    lines += [
+        "",
+        f"classifier  {run / 'classifier.safetensors'}",
+        f"samples     {run / 'samples'}",
+        f"metrics     {run / 'metrics.jsonl'}",
+        f"summary     {run / 'summary.json'}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,172 @@
+"""Where a run's figures go: metrics.jsonl always, Weights & Biases beside it, and the terminal.
+
+The only file of the package that imports wandb. Rank 0 alone tracks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import wandb
+from tqdm import tqdm
+
+from sgan_dist.config import Config, meaning
+from sgan_dist.errors import UserError
+
+
+def say(line: str) -> None:
+    """A line on the terminal, above a progress bar where there is one."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
+
+
+class Tracker:
+    """One run's metrics, continued over restarts: lines after `start_step` are dropped first.
+
+    On ranks other than 0 (`active` false) it does nothing.
+    """
+
+    def __init__(self, run: Path, config: Config, start_step: int, active: bool) -> None:
+        self._file: TextIO | None = None
+        self._wandb: Any = None
+        self._wandb_failures = 0
+        if active:
+            _truncate(run / "metrics.jsonl", start_step)
+            self._file = open(run / "metrics.jsonl", "a", buffering=1)
+            self._wandb = _start_wandb(run, config) if config.tracking.wandb else None
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One line; `time/` fields are the only ones that differ between equal runs."""
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._to_wandb(lambda run: run.log(metrics, step=step))
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """A picture for the dashboard."""
+        self._to_wandb(lambda run: run.log({name: wandb.Image(str(path))}, step=step))
+
+    def close(self, summary: dict[str, Any] | None = None) -> None:
+        """Closes the files; a finished run brings its final figures."""
+        if self._file is not None:
+            self._file.close()
+        if summary is not None:
+            self._to_wandb(lambda run: run.summary.update(summary))
+        self._to_wandb(lambda run: run.finish())
+        self._wandb = None
+
+    def _to_wandb(self, send: Callable[[Any], object]) -> None:
+        """W&B must never stop training: its failures are counted and the first is shown."""
+        if self._wandb is None:
+            return
+        try:
+            send(self._wandb)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is shown
+            self._wandb_failures += 1
+            if self._wandb_failures == 1:
+                say(f"W&B failed ({error}); training goes on, metrics.jsonl has everything")
+
+
+class Meters:
+    """Means of the steps' metrics since the last line; part of a checkpoint."""
+
+    def __init__(self, state: dict[str, float] | None = None) -> None:
+        self.state: dict[str, float] = dict(state or {})
+
+    def add(self, metrics: dict[str, float]) -> None:
+        for name, value in {"steps": 1.0, **metrics}.items():
+            self.state[name] = self.state.get(name, 0.0) + value
+
+    def take(self) -> dict[str, float]:
+        """The means; starts again from nothing."""
+        steps = self.state.pop("steps")
+        means = {name: total / steps for name, total in self.state.items()}
+        self.state.clear()
+        return means
+
+
+class Progress:
+    """A bar on a terminal, plain lines in a log file."""
+
+    def __init__(self, start: int, total: int, active: bool) -> None:
+        self._active, self._total = active, total
+        self._began, self._start = time.monotonic(), start
+        self._bar = (
+            tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+            if active and sys.stderr.isatty()
+            else None
+        )
+
+    def step(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def show(self, step: int, fields: dict[str, float]) -> None:
+        """The figures of the last steps, with names cut to what follows the slash."""
+        if not self._active:
+            return
+        text = "  ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in fields.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+        else:
+            spent = time.monotonic() - self._began
+            left = spent / max(step - self._start, 1) * (self._total - step)
+            say(f"step {step:>{len(str(self._total))}}/{self._total}  {text}  eta {left:.0f} s")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Drops lines after `step`, and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    partial = path.with_name(".metrics.partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{run} is not a run directory: it holds no metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _start_wandb(run: Path, config: Config) -> Any:
+    """A W&B run with the id kept in the run directory, or None where it can't be had."""
+    kept = run / "wandb_id"
+    if not kept.exists():
+        kept.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
+    mode = os.environ.get("WANDB_MODE")
+    if mode is None:
+        mode = "online" if wandb.api.api_key else "offline"
+    settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+    for attempt in dict.fromkeys([mode, "offline"]):
+        try:
+            return wandb.init(
+                project=os.environ.get("WANDB_PROJECT") or config.tracking.project,
+                name=os.environ.get("WANDB_NAME") or config.name,
+                id=kept.read_text().strip(),
+                resume="allow",
+                dir=str(run),
+                config=meaning(config),
+                mode=attempt,  # type: ignore[arg-type]
+                settings=settings,
+            )
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is shown
+            say(f"W&B could not start {attempt} ({error}); training goes on")
+    return None

@@ -1,0 +1,285 @@
+"""fit(config): one run, from its config to a trained classifier, and the one visible loop."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgan_dist import checkpoint, preemption, rundir
+from sgan_dist.backend import Backend
+from sgan_dist.config import Config, meaning, parse, supervised
+from sgan_dist.data.index import DatasetIndex, load_index
+from sgan_dist.data.loader import SemiSupervisedLoader
+from sgan_dist.data.prepare import prepare
+from sgan_dist.distributed import agree, attempt, gather_objects, on_rank_zero, together
+from sgan_dist.errors import NonFiniteLoss, UserError
+from sgan_dist.evaluate import evaluate, save_grid
+from sgan_dist.export import save_classifier
+from sgan_dist.networks import Networks, build, initialize
+from sgan_dist.noise import Draw, Rows
+from sgan_dist.plan import check_world, describe
+from sgan_dist.step import discriminator_step, generator_step, rate
+from sgan_dist.tracking import Meters, Progress, Tracker, say
+
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
+GRID = 64  # images in a sample grid
+
+
+def main(argv: Sequence[str]) -> int:
+    """launch/train.py: 0 when done, 2 for an error that the user can mend, 128 + signal if stopped."""
+    try:
+        config, dry_run = parse(argv, DEFAULT_CONFIG)
+    except UserError as error:
+        named = re.search(r"--run_dir[= ](\S+)", " ".join(argv))
+        return _give_up(str(error), Path(named[1]) if named else None)
+    try:
+        return fit(config, dry_run)
+    except UserError as error:
+        return _give_up(str(error), None if dry_run else config.directory)
+
+
+def fit(config: Config, dry_run: bool = False) -> int:
+    """Trains the run in `config.directory`, or goes on with it: the same call resumes it.
+
+    Returns the exit code: 0 when the run is done, else that of the request to stop.
+
+    Raises:
+        UserError: on every rank alike, and before long work where it can be known then.
+    """
+    backend = Backend(config.train)
+    index = on_rank_zero(lambda: _dataset(config))
+    check_world(config, backend.world_size)
+    if backend.rank == 0:
+        say(describe(config, index, backend))
+    if dry_run:
+        return 0
+    preemption.watch(config.directory)
+    summary = _run(config, index, backend)
+    if summary is not None and backend.rank == 0:
+        say(rundir.results(config.directory, summary))
+    backend.close()
+    return 0 if summary is not None else preemption.exit_code()
+
+
+def _run(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, Any] | None:
+    """The summary of the run, its supervised baseline included; None when told to stop."""
+    run = config.directory
+    on_rank_zero(lambda: _refuse_other_run(config, index))
+    done = on_rank_zero(lambda: rundir.finished(config))
+    if done is not None:
+        if backend.rank == 0:
+            say(
+                f"{run} is done: {done['step']} steps. To start anew remove it (rm -r {run}) or give"
+                " another --run_dir; to go on, give a larger --train.steps"
+            )
+        return done
+    on_rank_zero(lambda: rundir.claim(config))
+    summary = _train(config, index, backend)
+    if summary is None:
+        return None
+    if config.train.baseline_steps:
+        if backend.rank == 0:
+            say("\nthe same discriminator on the labeled images alone, for comparison:")
+        baseline = _run(supervised(config), index, backend)
+        if baseline is None:
+            return None
+        summary["supervised_test_error"] = baseline["test_error"]
+    on_rank_zero(lambda: rundir.mark_done(run, summary))
+    return summary
+
+
+def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, Any] | None:
+    """The loop. `step` counts the updates made, and everything is a function of it."""
+    run, train, zero = config.directory, config.train, backend.rank == 0
+    loader = together(
+        lambda: SemiSupervisedLoader(
+            index, config.data, config.seed, backend.rank, backend.world_size
+        )
+    )
+    networks = together(lambda: build(config, index.image_shape, len(index.class_names), backend))
+    restored = _restore(networks, config, index, backend)
+    step, meters = restored["step"], Meters(restored["meters"])
+    batches = loader.batches(step)
+    if step == 0:
+        first = together(lambda: next(batches))
+        initialize(networks, first, backend)
+        batches = itertools.chain([first], batches)
+    tracker = together(lambda: Tracker(run, config, step, active=zero))
+    progress = Progress(step, train.steps, active=zero)
+    batch_images = config.data.labeled_batch + config.data.unlabeled_batch
+    began, busy, waited, saved = time.monotonic(), 0.0, 0.0, step
+
+    def report(line: dict[str, float]) -> None:
+        tracker.log(step, line)
+        progress.show(step, line)
+
+    def save() -> None:
+        state = networks.state() | {"meters": meters.state, "seconds": seconds()}
+        about = _about(config, index) | {"environment": rundir.environment(backend)}
+        on_rank_zero(lambda: checkpoint.save(run, step, state, about, config.checkpoint.keep))
+
+    def seconds() -> float:
+        return restored["seconds"] + time.monotonic() - began  # type: ignore[no-any-return]
+
+    while step < train.steps:
+        clock = time.monotonic()
+        batch, problem = attempt(lambda: next(batches))
+        waited += time.monotonic() - clock
+        if agree(problem, stop=preemption.stop_requested()):
+            break
+        assert batch is not None  # agree raised otherwise
+        try:
+            metrics = discriminator_step(networks, batch, config, backend)
+            if networks.generator is not None:
+                metrics |= generator_step(networks, batch, config, backend)
+        except NonFiniteLoss:
+            ids = [batch.labeled_ids.tolist(), batch.unlabeled_ids.tolist()]
+            rundir.write_sample_ids(run, step, gather_objects(ids))
+            raise
+        step += 1
+        networks.update_average(step * batch_images, batch_images, config.ema)
+        meters.add(metrics)
+        progress.step()
+        busy += time.monotonic() - clock
+
+        if step % train.log_every == 0:
+            line = meters.take() | {"lr": config.optim.lr * rate(step, config)}
+            line["time/images_per_s"] = train.log_every * batch_images / busy
+            line["time/data_wait"] = waited / busy
+            report(line)
+            busy = waited = 0.0
+        if train.evaluate_every and step % train.evaluate_every == 0:
+            report(_errors(networks, config, index, "validation", backend))
+        if train.sample_every and step % train.sample_every == 0:
+            _sample(networks, step, config, backend, tracker)
+        if step % config.checkpoint.every == 0:
+            save()
+            saved = step
+
+    progress.close()
+    loader.close()
+    if step != saved:
+        save()
+    if step < train.steps:
+        tracker.close()
+        if zero:
+            say(f"stopped after {step} of {train.steps} steps; the same command goes on from there")
+        return None
+    _sample(networks, step, config, backend, tracker)
+    summary = {
+        **_errors(networks, config, index, "test", backend),
+        **_errors(networks, config, index, "validation", backend),
+        "step": step,
+        "images_seen": step * batch_images,
+        "wall_seconds": seconds(),
+        "world_size": backend.world_size,
+        "seed": config.seed,
+        "label_seed": index.label_seed,
+        "weights_sha256": checkpoint.weights_sha256(networks.plain()),
+        "data_fingerprint": index.fingerprint,
+        "versions": rundir.versions(),
+    }
+    if zero:
+        save_classifier(run / "classifier.safetensors", networks.average, config, index)
+    tracker.close(summary)
+    return summary
+
+
+def _dataset(config: Config) -> DatasetIndex:
+    """The dataset index; the embedded or named source is prepared first where it is missing."""
+    data = config.data
+    if data.source is not None and not (Path(data.root) / "index.json").exists():
+        say(f"preparing {data.source} in {data.root}")
+        prepare(
+            data.source,
+            data.root,
+            labels_per_class=data.labels_per_class,
+            label_seed=data.label_seed,
+            validation=data.validation,
+        )
+    index = load_index(data.root)
+    asked = (data.labels_per_class, data.label_seed)
+    if data.source is not None and asked != (index.labels_per_class, index.label_seed):
+        raise UserError(
+            f"{data.root} was prepared with {index.labels_per_class} labels a class by label seed"
+            f" {index.label_seed}, and the config asks for {asked[0]} by seed {asked[1]}: give another"
+            " --data.root, or set data.labels_per_class and data.label_seed to what is there"
+        )
+    return index
+
+
+def _about(config: Config, index: DatasetIndex) -> dict[str, Any]:
+    """What a checkpoint must agree on with the run that resumes it."""
+    return {"meaning": meaning(config) | {"data_fingerprint": index.fingerprint}}
+
+
+def _refuse_other_run(config: Config, index: DatasetIndex) -> None:
+    path, _ = checkpoint.latest(config.directory)
+    if path is not None:
+        saved = checkpoint.read_meta(path)["meaning"]
+        checkpoint.refuse_other_meaning(path, saved, _about(config, index)["meaning"])
+
+
+def _restore(
+    networks: Networks, config: Config, index: DatasetIndex, backend: Backend
+) -> dict[str, Any]:
+    """Loads the newest whole checkpoint, chosen by rank 0; returns step, meters and seconds."""
+    path, passed_over = on_rank_zero(lambda: checkpoint.latest(config.directory))
+    if backend.rank == 0:
+        for line in passed_over:
+            say(line)
+    if path is None:
+        return {"step": 0, "meters": {}, "seconds": 0.0}
+    state = together(lambda: checkpoint.read_state(path, backend.device))
+    networks.load(state)
+    meta = on_rank_zero(lambda: checkpoint.read_meta(path))
+    if backend.rank == 0:
+        say(f"resuming after step {meta['step']}")
+        for name, now in rundir.environment(backend).items():
+            if meta["environment"][name] != now:
+                before = meta["environment"][name]
+                say(f"{name} was {before} and is now {now}: last bits may differ")
+    return {"step": meta["step"], "meters": state["meters"], "seconds": state["seconds"]}
+
+
+def _errors(
+    networks: Networks, config: Config, index: DatasetIndex, split: str, backend: Backend
+) -> dict[str, float]:
+    """Error of the averaged D, and of D itself, on a labeled split."""
+    found = {}
+    for name, network in (("", networks.average), ("_raw", networks.discriminator.network)):
+        found[f"{split}_error{name}"] = evaluate(
+            network, index, config.data.root, split, config.loss.form, backend.device
+        ).error
+    return found
+
+
+@torch.no_grad()
+def _sample(
+    networks: Networks, step: int, config: Config, backend: Backend, tracker: Tracker
+) -> None:
+    """A grid of images from the same noise each time, on rank 0."""
+    if networks.generator is None or backend.rank != 0:
+        return
+    generator = networks.generator.network
+    draw = Draw(config.seed, "grid", 0, [Rows.of(GRID, 0, 1)], backend.device)
+    generator.eval()
+    images = generator(generator.latent(draw).to(backend.dtype))  # type: ignore[operator]
+    generator.train()
+    path = config.directory / "samples" / f"step-{step:08d}.png"
+    save_grid(images, path)
+    tracker.image(step, "samples", path)
+
+
+def _give_up(reason: str, run: Path | None) -> int:
+    if rundir.is_rank_zero():
+        say(f"error: {reason}")
+        if run is not None:
+            rundir.mark_failed(run, reason)
+    return 2
