@@ -22,7 +22,7 @@ CPU_RANKS = (
 
 
 class Player:
-    """A network with its optimizer: `network` is the plain module, `wrapped` synchronizes gradients."""
+    """A network and its optimizer: `network` is the plain module, `wrapped` adds up gradients."""
 
     def __init__(
         self,
@@ -83,7 +83,9 @@ class Backend:
                 )
             ],
         )
+        # Both are meant, see above.
         warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
+        warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*")
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device

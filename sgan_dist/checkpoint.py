@@ -73,14 +73,14 @@ def read_meta(path: Path) -> dict[str, Any]:
     return json.loads((path / "meta.json").read_text())  # type: ignore[no-any-return]
 
 
-def read_state(path: Path, device: torch.device) -> dict[str, Any]:
-    """The tensors of a checkpoint, on the device."""
+def read_state(path: Path) -> dict[str, Any]:
+    """The tensors of a checkpoint, on the CPU."""
     if not path.is_dir():
         raise UserError(
             f"checkpoint {path} is not visible on every rank: put run_dir on a file system that all"
             " nodes share"
         )
-    return torch.load(path / "state.pt", map_location=device, weights_only=True)  # type: ignore[no-any-return]
+    return torch.load(path / "state.pt", map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
 
 
 def refuse_other_meaning(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -187,7 +187,7 @@ def parse(argv: Sequence[str], default: Path | None = None) -> tuple[Config, boo
     named = any(a == "--config" or a.startswith("--config=") for a in argv)
     layers = [] if named or default is None else [f"--config={default}"]
     try:
-        config = parser.instantiate_classes(parser.parse_args([*layers, *argv])).as_dict()
+        config = parser.instantiate(parser.parse_args([*layers, *argv])).as_dict()
     except jsonargparse.ArgumentError as error:
         raise UserError(f"bad configuration: {error} (see launch/train.py --help)") from error
     config.pop("config", None)

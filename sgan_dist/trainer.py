@@ -149,7 +149,7 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
         busy += time.monotonic() - clock
 
         if step % train.log_every == 0:
-            line = meters.take() | {"lr": config.optim.lr * rate(step, config)}
+            line = meters.take() | {"lr": config.optim.lr * rate(step - 1, config)}
             line["time/images_per_s"] = train.log_every * batch_images / busy
             line["time/data_wait"] = waited / busy
             report(line)
@@ -236,7 +236,7 @@ def _restore(
             say(line)
     if path is None:
         return {"step": 0, "meters": {}, "seconds": 0.0}
-    state = together(lambda: checkpoint.read_state(path, backend.device))
+    state = together(lambda: checkpoint.read_state(path))
     networks.load(state)
     meta = on_rank_zero(lambda: checkpoint.read_meta(path))
     if backend.rank == 0:

@@ -1,0 +1,87 @@
+"""World size changes neither samples nor gradients: the same parameters after 20 steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from sgan_dist import checkpoint, losses
+from sgan_dist.config import Config
+from sgan_dist.trainer import fit
+from tests.conftest import small_config
+from tests.ranks import run_ranks
+
+EXACT = ("--train.precision=fp64", "--optim.name=sgd", "--optim.lr=0.02", "--optim.generator_lr=0.02")
+
+
+def parameters(run: Path) -> dict[str, Tensor]:
+    """All tensors of the last checkpoint's networks."""
+    path, _ = checkpoint.latest(run)
+    assert path is not None
+    state = checkpoint.read_state(path)
+    return {
+        **{f"d.{k}": v for k, v in state["discriminator"]["network"].items()},
+        **{f"g.{k}": v for k, v in state["generator"]["network"].items()},
+        **{f"ema.{k}": v for k, v in state["average"].items()},
+    }
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[key] - b[key]).abs().max()) for key in a)
+
+
+def train(rank: int, config: Config) -> int:
+    return fit(config)
+
+
+def train_with_naive_matching(rank: int, config: Config) -> int:
+    """What most code does: each rank matches its own means, and gradients are averaged."""
+
+    def per_rank(real: Tensor, fake: Tensor) -> Tensor:
+        from sgan_dist.distributed import world_size
+
+        return (real.mean(0) - fake.mean(0)).square().mean() / world_size()
+
+    losses.feature_matching = per_rank
+    return fit(config)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options"),
+    [
+        ("digits", ("--loss.generator=feature_matching",)),
+        ("digits", ("--loss.generator=non_saturating", "--loss.form=explicit", "--optim.clip_norm=1")),
+        ("windowed", ("--loss.generator=feature_matching",)),
+    ],
+)
+def test_ranks_train_as_one(
+    dataset: str, options: tuple[str, ...], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    root = request.getfixturevalue(dataset)
+    for world_size in (1, 2, 3, 4):
+        config = small_config(root, tmp_path / str(world_size), *EXACT, *options)
+        assert run_ranks(world_size, train, config) == [0] * world_size
+    alone = parameters(tmp_path / "1")
+    for world_size in (2, 3, 4):
+        assert largest_difference(alone, parameters(tmp_path / str(world_size))) < 1e-12
+
+
+def test_matching_means_rank_by_rank_is_another_loss(digits: Path, tmp_path: Path) -> None:
+    run_ranks(1, train, small_config(digits, tmp_path / "1", *EXACT))
+    run_ranks(2, train_with_naive_matching, small_config(digits, tmp_path / "2", *EXACT))
+    assert largest_difference(parameters(tmp_path / "1"), parameters(tmp_path / "2")) > 1e-6
+
+
+def test_world_size_may_change_at_any_checkpoint(digits: Path, tmp_path: Path) -> None:
+    for world_size, steps in ((2, 7), (1, 12), (4, 20)):
+        config = small_config(
+            digits, tmp_path / "changing", *EXACT, f"--train.steps={steps}", "--optim.decay=0"
+        )
+        run_ranks(world_size, train, config)
+    straight = small_config(digits, tmp_path / "constant", *EXACT, "--optim.decay=0")
+    run_ranks(1, train, straight)
+    same = largest_difference(parameters(tmp_path / "constant"), parameters(tmp_path / "changing"))
+    assert same < 1e-12
