@@ -33,7 +33,8 @@ def save(run: Path, step: int, state: dict[str, Any], meta: dict[str, Any], keep
     name = f"{PREFIX}{step:08d}"
     partial, final = folder / f"{PARTIAL}{name}", folder / name
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left_over in folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(left_over)
         partial.mkdir(parents=True)
         with open(partial / "state.pt", "wb") as file:
             torch.save(state, file)
@@ -59,7 +60,7 @@ def save(run: Path, step: int, state: dict[str, Any], meta: dict[str, Any], keep
 
 def latest(run: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a line for each newer one that is damaged."""
-    passed_over = []
+    passed_over: list[str] = []
     for path in _all(run):
         problem = _damage(path)
         if problem is None:

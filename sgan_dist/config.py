@@ -189,7 +189,8 @@ def parse(argv: Sequence[str], default: Path | None = None) -> tuple[Config, boo
     try:
         config = parser.instantiate(parser.parse_args([*layers, *argv])).as_dict()
     except jsonargparse.ArgumentError as error:
-        raise UserError(f"bad configuration: {error} (see launch/train.py --help)") from error
+        said = " ".join(str(error).split())
+        raise UserError(f"bad configuration: {said} (see launch/train.py --help)") from error
     config.pop("config", None)
     dry_run = config.pop("dry_run")
     return check(Config(**config)), dry_run

@@ -1,16 +1,18 @@
-"""Being told to stop: TERM, Ctrl-C, or a file named STOP in the run directory.
+"""Being told to stop: TERM, Ctrl-C, a file named STOP in the run directory, a launcher's death.
 
 Imports nothing heavy: scripts install the handlers before torch is loaded.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from types import FrameType
 
 _received: int | None = None
 _stop_file: Path | None = None
+_launcher: int | None = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def catch_signals() -> None:
@@ -34,8 +36,12 @@ def watch(run: Path) -> None:
 
 
 def stop_requested() -> bool:
-    """Whether this process was told to stop."""
-    return _received is not None or (_stop_file is not None and _stop_file.exists())
+    """Whether this process was told to stop, or is the orphan of a launcher that was killed."""
+    return (
+        _received is not None
+        or (_stop_file is not None and _stop_file.exists())
+        or (_launcher is not None and os.getppid() != _launcher)
+    )
 
 
 def exit_code() -> int:

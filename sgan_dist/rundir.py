@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import accelerate
 import numpy
@@ -18,14 +19,27 @@ from sgan_dist.backend import Backend
 from sgan_dist.config import Config, save
 from sgan_dist.errors import UserError
 
+_locks: list[TextIO] = []  # open files: closing one would give its lock up
+
 
 def claim(config: Config) -> None:
-    """Makes the run directory, with the config in it; raises UserError where it can't be written."""
+    """Makes the run directory, with the config in it, and locks it for as long as this process lives.
+
+    Raises:
+        UserError: it can't be written, or another process trains in it.
+    """
     run = config.directory
     try:
         run.mkdir(parents=True, exist_ok=True)
+        lock = open(run / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _locks.append(lock)
         save(config, run / "config.yaml")
         (run / "FAILED").unlink(missing_ok=True)
+    except BlockingIOError as error:
+        raise UserError(
+            f"another process is training in {run}: wait for it, or give another --run_dir"
+        ) from error
     except OSError as error:
         raise UserError(
             f"can't write to the run directory {run} ({error.strerror}): give another --run_dir"

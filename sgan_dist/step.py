@@ -119,7 +119,7 @@ def _update(
     if bad:
         raise NonFiniteLoss(
             f"{', '.join(bad)} became {metrics[bad[0]]} at step {step}, before its update: lower"
-            " optim.lr and optim.generator_lr, or set optim.clip_norm; the last checkpoint is good"
+            " optim.lr and optim.generator_lr, or set optim.clip_norm; earlier checkpoints are good"
         )
     player.step(lr * rate(step, config))
     return metrics

@@ -21,6 +21,20 @@ from sgan_dist.config import Config, meaning
 from sgan_dist.errors import UserError
 
 
+# metric -> its name and format on the terminal
+WATCHED = {
+    "d/supervised": ("supervised", "6.3f"),
+    "d/unlabeled": ("unlabeled", "6.3f"),
+    "d/fake": ("fake", "6.3f"),
+    "g/feature_matching": ("generator", "6.3f"),
+    "g/non_saturating": ("generator", "6.3f"),
+    "validation_error": ("validation error", "7.2%"),
+    "validation_error_raw": ("without averaging", "7.2%"),
+    "time/images_per_s": ("images/s", "6.0f"),
+    "time/data_wait": ("data wait", "5.1%"),
+}
+
+
 def say(line: str) -> None:
     """A line on the terminal, above a progress bar where there is one."""
     tqdm.write(line, file=sys.stderr)
@@ -107,17 +121,22 @@ class Progress:
         if self._bar is not None:
             self._bar.update()
 
-    def show(self, step: int, fields: dict[str, float]) -> None:
-        """The figures of the last steps, with names cut to what follows the slash."""
+    def show(self, step: int, line: dict[str, float]) -> None:
+        """The figures of a metrics line that a person watches."""
         if not self._active:
             return
-        text = "  ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in fields.items())
+        shown = [
+            f"{label} {format(line[name], style)}"
+            for name, (label, style) in WATCHED.items()
+            if name in line
+        ]
         if self._bar is not None:
-            self._bar.set_postfix_str(text)
-        else:
-            spent = time.monotonic() - self._began
-            left = spent / max(step - self._start, 1) * (self._total - step)
-            say(f"step {step:>{len(str(self._total))}}/{self._total}  {text}  eta {left:.0f} s")
+            self._bar.set_postfix_str("  ".join(shown))
+            return
+        spent = time.monotonic() - self._began
+        left = spent / max(step - self._start, 1) * (self._total - step)
+        width = len(str(self._total))
+        say(f"step {step:>{width}}/{self._total}  {'  '.join(shown)}  eta {left:.0f} s")
 
     def close(self) -> None:
         if self._bar is not None:

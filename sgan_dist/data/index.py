@@ -1,0 +1,189 @@
+"""The dataset index (`index.json`): splits, shards, counts, checksums and the fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sgan_dist.data.order import ORDER_VERSION
+from sgan_dist.errors import UserError
+
+INDEX_NAME = "index.json"
+INDEX_VERSION = 1
+SPLITS = ("labeled", "unlabeled", "validation", "test")
+LAYOUTS = ("packed", "per-sample")
+ORDERS = ("full", "windowed")
+FULL_ORDER_BYTES = 2**30  # up to this decoded size a split is held in memory
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: name relative to the dataset's folder, samples, file size in bytes, sha256."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """One split. `block` is the samples in a packed record (1 in the per-sample layout).
+
+    `label_histogram` counts the samples of each class; empty for unlabeled, which has no labels.
+    """
+
+    layout: str
+    order: str
+    block: int
+    samples: int
+    label_histogram: tuple[int, ...]
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class DatasetIndex:
+    """What a prepared dataset holds. `request` tells in words what it was prepared from."""
+
+    labeled: SplitIndex
+    unlabeled: SplitIndex
+    validation: SplitIndex
+    test: SplitIndex
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    source: str
+    request: str
+    label_seed: int
+    labels_per_class: int
+    order_version: int
+    fingerprint: str
+
+    def split(self, name: str) -> SplitIndex:
+        """The split of that name, one of SPLITS."""
+        split: SplitIndex = getattr(self, name)
+        return split
+
+
+def decoded_bytes(index: DatasetIndex, split: str) -> int:
+    """Bytes of the split's images as uint8."""
+    height, width, channels = index.image_shape
+    return index.split(split).samples * height * width * channels
+
+
+def order_for(samples: int, image_shape: tuple[int, int, int]) -> str:
+    """The order a split gets by its decoded size: full up to 1 GiB, else windowed."""
+    height, width, channels = image_shape
+    return "full" if samples * height * width * channels <= FULL_ORDER_BYTES else "windowed"
+
+
+def fingerprint(index: DatasetIndex) -> str:
+    """sha256 over everything that decides what is trained and evaluated on; no names of files."""
+    splits = {
+        name: {
+            **asdict(replace(index.split(name), shards=())),
+            "shards": [(shard.samples, shard.sha256) for shard in index.split(name).shards],
+        }
+        for name in SPLITS
+    }
+    content = [index.order_version, index.image_shape, index.class_names, splits]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def with_fingerprint(index: DatasetIndex) -> DatasetIndex:
+    """The same index with its fingerprint filled in."""
+    return replace(index, fingerprint=fingerprint(index))
+
+
+def save(index: DatasetIndex, folder: str | os.PathLike[str]) -> None:
+    """Write index.json into the folder and flush it to disk."""
+    with open(Path(folder) / INDEX_NAME, "w", encoding="utf-8") as file:
+        json.dump({"index_version": INDEX_VERSION, **asdict(index)}, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_index(root: str | os.PathLike[str]) -> DatasetIndex:
+    """Read and check a prepared dataset's index; shard sizes are checked, contents are not.
+
+    Raises UserError where the dataset is absent, damaged, or of another version.
+    """
+    root = Path(root)
+    path = root / INDEX_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"no dataset at {root}: prepare one with "
+            f"`python launch/prepare_shards.py --source ... --out {root}`"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): prepare the dataset again") from None
+    version = content.get("index_version") if isinstance(content, dict) else None
+    if version != INDEX_VERSION:
+        raise UserError(
+            f"{path} has index version {version}, this program reads version {INDEX_VERSION}: "
+            "prepare the dataset again"
+        )
+    try:
+        index = _from_json(content)
+        actual = fingerprint(index)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} lacks or garbles a field ({error!r}): prepare again") from None
+    if actual != index.fingerprint:
+        raise UserError(
+            f"{path} was changed by hand or damaged: its contents give fingerprint {actual[:12]}, "
+            f"it says {index.fingerprint[:12]}; prepare the dataset again"
+        )
+    if index.order_version != ORDER_VERSION:
+        raise UserError(
+            f"{path} was made for order version {index.order_version}, this program has version "
+            f"{ORDER_VERSION}: prepare the dataset again"
+        )
+    if index.labeled.samples == 0:
+        raise UserError(f"the dataset at {root} has no labeled samples: prepare it again")
+    _check_shards(root, index)
+    return index
+
+
+def _from_json(content: dict[str, Any]) -> DatasetIndex:
+    fields = {name: value for name, value in content.items() if name != "index_version"}
+    for name in SPLITS:
+        split = dict(fields[name])
+        split["shards"] = tuple(Shard(**shard) for shard in split["shards"])
+        split["label_histogram"] = tuple(split["label_histogram"])
+        fields[name] = _consistent(name, SplitIndex(**split))
+    height, width, channels = fields["image_shape"]
+    fields["image_shape"] = (height, width, channels)
+    fields["class_names"] = tuple(fields["class_names"])
+    return DatasetIndex(**fields)
+
+
+def _consistent(name: str, split: SplitIndex) -> SplitIndex:
+    if split.layout not in LAYOUTS or split.order not in ORDERS or split.block < 1:
+        raise ValueError(f"{name}: layout, order or block")
+    if sum(shard.samples for shard in split.shards) != split.samples:
+        raise ValueError(f"{name}: samples is not the sum over its shards")
+    return split
+
+
+def _check_shards(root: Path, index: DatasetIndex) -> None:
+    for shard in (shard for name in SPLITS for shard in index.split(name).shards):
+        try:
+            size = (root / shard.name).stat().st_size
+        except OSError as error:
+            raise UserError(
+                f"shard {shard.name} of the dataset at {root} cannot be found "
+                f"({error.strerror}): copy it back or prepare the dataset again"
+            ) from None
+        if size != shard.bytes:
+            raise UserError(
+                f"shard {shard.name} of the dataset at {root} has {size} bytes, its index says "
+                f"{shard.bytes}: copy it again or prepare the dataset again"
+            )

@@ -1,0 +1,438 @@
+"""A source dataset -> a folder of labeled/ unlabeled/ validation/ test/ shards and index.json.
+
+The validation and test parts are the same for every draw of labels. The unlabeled split is the
+whole training part, the labeled images included, and carries no labels. Same request, same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import hashlib
+import io
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+from webdataset.writer import TarWriter
+
+from sgan_dist.data.index import (
+    INDEX_NAME,
+    LAYOUTS,
+    ORDERS,
+    SPLITS,
+    DatasetIndex,
+    Shard,
+    SplitIndex,
+    load_index,
+    order_for,
+    save,
+    with_fingerprint,
+)
+from sgan_dist.data.order import ORDER_VERSION, Int64s, permutation
+from sgan_dist.data.sources import Source, load_source
+from sgan_dist.errors import UserError
+
+PACKED_BLOCK = 256  # samples in a packed record
+PACKED_PIXELS = 64  # images up to this side are packed by default
+SHARD_SAMPLES = 8192
+SHARD_BYTES = 64 * 2**20  # decoded size that a shard of large images stays below by default
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One split in memory: images uint8 (n, H, W, C), labels int64 (n,) or None."""
+
+    images: NDArray[np.uint8]
+    labels: Int64s | None
+
+
+@dataclass(frozen=True)
+class _Format:
+    layout: str
+    block: int
+    samples_per_shard: int
+
+
+def prepare(
+    source_spec: str,
+    out: str | os.PathLike[str],
+    labels_per_class: int = 10,
+    label_seed: int = 0,
+    validation: int | None = None,
+    layout: str | None = None,
+    order: str = "auto",
+    samples_per_shard: int | None = None,
+    progress: bool = True,
+) -> DatasetIndex:
+    """Prepare the source into the folder `out` and return the index.
+
+    Args:
+        source_spec: `digits` or `idx:FOLDER`.
+        out: the folder to make; absent, empty, or holding the very same dataset.
+        labels_per_class: labeled images a class.
+        label_seed: decides which images are labeled, and nothing else.
+        validation: images held out of training, stratified by class; None takes a tenth of
+            `digits`, and 5,000 of an IDX set (a twelfth of a small one).
+        layout: `packed`, `per-sample`, or None: packed for images of up to 64 pixels.
+        order: of the unlabeled split: `full`, `windowed`, or `auto`, by size as in other splits.
+        samples_per_shard: None takes 8,192, fewer for large images.
+        progress: a progress bar, and a line where nothing is to be done.
+
+    Raises:
+        UserError: what was asked for can't be made, or `out` holds something else.
+    """
+    source = load_source(source_spec)
+    out = Path(out).resolve()
+    shape = (source.train_images.shape[1], *source.train_images.shape[2:])
+    form = _format(layout, samples_per_shard, shape)
+    if order not in ("auto", *ORDERS):
+        raise UserError(f"unknown order {order!r}: use auto, {' or '.join(ORDERS)}")
+    parts = _split(source, labels_per_class, label_seed, validation)
+    orders = {name: order_for(len(part.images), shape) for name, part in parts.items()}
+    if order != "auto":
+        orders["unlabeled"] = order
+    request = (
+        f"{source.name} (content {_content_hash(source)[:12]}), "
+        f"{labels_per_class} labels per class, label seed {label_seed}, "
+        f"validation {len(parts['validation'].images)}, {form.layout}, "
+        f"unlabeled order {orders['unlabeled']}, {form.samples_per_shard} samples per shard"
+    )
+    existing = _existing(out, request)
+    if existing is not None:
+        if progress:
+            print(f"{out} already holds this dataset: nothing to do", file=sys.stderr)
+        return existing
+    try:
+        with (
+            _partial_folder(out) as partial,
+            tqdm(
+                total=sum(len(part.images) for part in parts.values()),
+                unit=" images",
+                disable=None if progress else True,
+            ) as bar,
+        ):
+            splits = {
+                name: _write_split(partial, name, part, form, orders[name], source, bar.update)
+                for name, part in parts.items()
+            }
+            index = with_fingerprint(
+                DatasetIndex(
+                    **splits,
+                    image_shape=shape,
+                    class_names=source.class_names,
+                    source=source.name,
+                    request=request,
+                    label_seed=label_seed,
+                    labels_per_class=labels_per_class,
+                    order_version=ORDER_VERSION,
+                    fingerprint="",
+                )
+            )
+            save(index, partial)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"no room left for {out} ({error.strerror}): free space or choose another --out; "
+                "nothing half-written was kept"
+            ) from None
+        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
+    return index
+
+
+def _format(
+    layout: str | None, samples_per_shard: int | None, shape: tuple[int, int, int]
+) -> _Format:
+    height, width, channels = shape
+    if layout is None:
+        layout = "packed" if max(height, width) <= PACKED_PIXELS else "per-sample"
+    if layout not in LAYOUTS:
+        raise UserError(f"unknown layout {layout!r}: use {' or '.join(LAYOUTS)}")
+    if layout == "per-sample" and channels not in (1, 3):
+        raise UserError(f"images of {channels} channels can't be PNG files: use --layout packed")
+    block = PACKED_BLOCK if layout == "packed" else 1
+    if samples_per_shard is None:
+        fitting = SHARD_BYTES // (height * width * channels) // PACKED_BLOCK * PACKED_BLOCK
+        samples_per_shard = min(SHARD_SAMPLES, max(PACKED_BLOCK, fitting))
+    if samples_per_shard < 1:
+        raise UserError(f"samples per shard is {samples_per_shard}, and must be at least 1")
+    return _Format(layout, block, samples_per_shard)
+
+
+def _split(
+    source: Source, labels_per_class: int, label_seed: int, validation: int | None
+) -> dict[str, _Part]:
+    """The four parts, each in a keyed order, so that no part's order tells of classes."""
+    images, labels = source.train_images, source.train_labels
+    total = len(images)
+    train = np.arange(total)
+    if source.test_images is None or source.test_labels is None:
+        chosen = _stratified(labels, total // 5, "test")
+        test = _Part(images[chosen], labels[chosen])
+        train = np.setdiff1d(train, chosen)
+        default = total // 10
+    else:
+        storage = permutation(len(source.test_images), "storage", "test")
+        test = _Part(source.test_images[storage], source.test_labels[storage])
+        default = min(5000, total // 12)
+    if validation is None:
+        validation = default
+    if not 0 <= validation < len(train):
+        raise UserError(
+            f"validation is {validation}: choose from 0 to {len(train) - 1}, "
+            f"as {source.name} has {len(train)} images to train on"
+        )
+    held_out = train[_stratified(labels[train], validation, "validation")]
+    train = np.setdiff1d(train, held_out)
+    unlabeled = train[permutation(len(train), "storage", "unlabeled")]
+    labeled = _draw_labels(source, train, labels_per_class, label_seed)
+    return {
+        "labeled": _Part(images[labeled], labels[labeled]),
+        "unlabeled": _Part(images[unlabeled], None),
+        "validation": _Part(images[held_out], labels[held_out]),
+        "test": test,
+    }
+
+
+def _stratified(labels: Int64s, count: int, name: str) -> Int64s:
+    """`count` positions in `labels`, every class by its share; decided by no seed, in keyed order.
+
+    Shares are rounded by largest remainder.
+    """
+    histogram = np.bincount(labels)
+    share, remainder = np.divmod(histogram * count, len(labels))
+    most = np.argsort(-remainder, kind="stable")[: count - int(share.sum())]
+    share[most] += 1
+    chosen = np.concatenate(
+        [
+            np.flatnonzero(labels == label)[permutation(histogram[label], name, label)[:few]]
+            for label, few in enumerate(share)
+        ]
+    )
+    return chosen[permutation(len(chosen), "storage", name)]
+
+
+def _draw_labels(source: Source, train: Int64s, per_class: int, seed: int) -> Int64s:
+    """`per_class` images of every class out of `train`: fewer labels are a subset of more."""
+    if per_class < 1:
+        raise UserError(f"labels per class is {per_class}, and must be at least 1")
+    drawn = []
+    for label, name in enumerate(source.class_names):
+        members = train[source.train_labels[train] == label]
+        if len(members) < per_class:
+            raise UserError(
+                f"class {name} of {source.name} has {len(members)} training images left, fewer "
+                f"than {per_class} labels per class: ask for fewer labels or less validation"
+            )
+        drawn.append(members[permutation(len(members), "labels", seed, label)[:per_class]])
+    labeled = np.concatenate(drawn)
+    return labeled[permutation(len(labeled), "storage", "labeled", seed)]
+
+
+def _content_hash(source: Source) -> str:
+    content = hashlib.sha256()
+    for array in (
+        source.train_images,
+        source.train_labels,
+        source.test_images,
+        source.test_labels,
+    ):
+        if array is not None:
+            content.update(str(array.shape).encode())
+            content.update(np.ascontiguousarray(array).data)
+    return content.hexdigest()
+
+
+def _existing(out: Path, request: str) -> DatasetIndex | None:
+    """The index of the same dataset, where `out` holds it; UserError where it holds another."""
+    try:
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return None
+    except OSError as error:
+        raise UserError(f"cannot look into {out}: {error.strerror}; choose another --out") from None
+    if not (out / INDEX_NAME).is_file():
+        raise UserError(
+            f"{out} exists and holds no dataset: choose another --out, or empty it yourself"
+        )
+    index = load_index(out)
+    if index.request != request:
+        raise UserError(
+            f"{out} holds another dataset: there is [{index.request}], asked for is [{request}]; "
+            "choose another --out, or remove that folder yourself"
+        )
+    return index
+
+
+@contextlib.contextmanager
+def _partial_folder(out: Path) -> Iterator[Path]:
+    """An empty hidden sibling of `out` that takes its place at the end, and only if all went well.
+
+    One fixed name under a lock: what a killed run left is removed, a live one is not disturbed.
+    """
+    partial = out.parent / f".{out.name}.partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        _lock(lock, partial, out)
+        for stale in partial.iterdir():
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        try:
+            yield partial
+            for folder in (*(partial / name for name in SPLITS), partial):
+                _sync_folder(folder)
+            partial.rename(out)
+            _sync_folder(out.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+
+
+def _lock(descriptor: int, partial: Path, out: Path) -> None:
+    busy = UserError(f"another run is preparing {out} right now: wait for it to end")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise busy from None
+    # the other run may have renamed the folder between our opening and our locking it
+    if not partial.exists() or partial.stat().st_ino != os.fstat(descriptor).st_ino:
+        raise busy
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_split(
+    root: Path,
+    name: str,
+    part: _Part,
+    form: _Format,
+    order: str,
+    source: Source,
+    written: Callable[[int], object],
+) -> SplitIndex:
+    (root / name).mkdir()
+    total = len(part.images)
+    shards: list[Shard] = []
+    for start in range(0, total, form.samples_per_shard):
+        stop = min(start + form.samples_per_shard, total)
+        shard = f"{name}/{len(shards):06d}.tar"
+        _write_shard(root / shard, part, form, start, stop, written)
+        with open(root / shard, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = (root / shard).stat().st_size
+        shards.append(Shard(shard, stop - start, size, digest))
+    classes = len(source.class_names)
+    histogram = () if part.labels is None else np.bincount(part.labels, minlength=classes).tolist()
+    return SplitIndex(form.layout, order, form.block, total, tuple(histogram), tuple(shards))
+
+
+def _write_shard(
+    path: Path,
+    part: _Part,
+    form: _Format,
+    start: int,
+    stop: int,
+    written: Callable[[int], object],
+) -> None:
+    """Samples [start, stop) as one tar, and beside it a sidecar of its records' offsets."""
+    encode = _packed if form.layout == "packed" else _per_sample
+    records_a_shard = -(-form.samples_per_shard // form.block)
+    offsets = []
+    with open(path, "wb") as file:
+        # without a time of its own the tar's bytes depend on the samples alone
+        with TarWriter(file, encoder=False, mtime=0) as writer:
+            for first in range(start, stop, form.block):
+                last = min(first + form.block, stop)
+                offsets.append(writer.tarstream.offset)
+                number = start // form.samples_per_shard * records_a_shard + len(offsets) - 1
+                labels = None if part.labels is None else part.labels[first:last]
+                record = encode(part.images[first:last], labels)
+                writer.write({"__key__": f"{number:06d}", **record})
+                written(last - first)
+            offsets.append(writer.tarstream.offset)
+        file.flush()
+        os.fsync(file.fileno())
+    with open(f"{path}.offsets.npy", "wb") as file:
+        np.save(file, np.asarray(offsets, np.int64))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _packed(images: NDArray[np.uint8], labels: Int64s | None) -> dict[str, bytes]:
+    record = {"images.npy": _npy(images)}
+    if labels is not None:
+        record["labels.npy"] = _npy(labels)
+    return record
+
+
+def _npy(array: NDArray[np.uint8] | Int64s) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array))
+    return buffer.getvalue()
+
+
+def _per_sample(images: NDArray[np.uint8], labels: Int64s | None) -> dict[str, bytes]:
+    (image,) = images
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="PNG")
+    record = {"png": buffer.getvalue()}
+    if labels is not None:
+        record["cls"] = str(int(labels[0])).encode()
+    return record
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line of launch/prepare_shards.py: 0 when prepared, 2 with a line on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="prepare_shards.py", description="Prepare a dataset as WebDataset shards."
+    )
+
+    def add(option: str, **rest: Any) -> None:
+        # --labels_per_class is the same as --labels-per-class
+        parser.add_argument(*dict.fromkeys((option, "--" + option[2:].replace("-", "_"))), **rest)
+
+    add("--source", required=True, help="digits, or idx:FOLDER of the four IDX files")
+    add("--out", required=True, help="the folder to make")
+    add("--labels-per-class", type=int, default=10, help="labeled images a class (default 10)")
+    add("--seed", type=int, default=0, help="decides which images are labeled (default 0)")
+    add("--validation", type=int, help="images held out (default: 1/10 of digits, 5000 of IDX)")
+    add("--layout", choices=LAYOUTS, help="default: packed for images of up to 64 pixels")
+    add("--order", choices=("auto", *ORDERS), default="auto", help="of the unlabeled split")
+    add("--samples-per-shard", type=int, help="default 8192, fewer for large images")
+    args = parser.parse_args(argv)
+    try:
+        index = prepare(
+            args.source,
+            args.out,
+            args.labels_per_class,
+            args.seed,
+            args.validation,
+            args.layout,
+            args.order,
+            args.samples_per_shard,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name in SPLITS:
+        split = index.split(name)
+        print(f"{name:>10}: {split.samples} samples in {len(split.shards)} shard(s), {split.order}")
+    print(f"{args.out}: {index.source}, fingerprint {index.fingerprint[:12]}")
+    return 0

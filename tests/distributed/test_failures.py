@@ -1,0 +1,63 @@
+"""One rank's failure reaches all of them, before the next collective, and nobody hangs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sgan_dist import checkpoint
+from sgan_dist.config import Config
+from sgan_dist.errors import NonFiniteLoss, UserError
+from sgan_dist.trainer import fit
+from tests.conftest import small_config
+from tests.ranks import run_ranks
+
+
+def message_of_fit(rank: int, configs: list[Config]) -> str:
+    try:
+        fit(configs[rank])
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_a_shard_damaged_on_one_rank_stops_all(digits: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(digits, damaged)
+    shard = next((damaged / "unlabeled").glob("*.tar"))
+    data = bytearray(shard.read_bytes())
+    data[:1024] = b"\xff" * 1024
+    shard.write_bytes(data)
+    configs = [small_config(root, tmp_path / "run") for root in (digits, damaged)]
+    first, second = run_ranks(2, message_of_fit, configs)
+    assert first == second and shard.name in first and first.startswith("UserError")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_non_finite_loss_stops_before_its_update(
+    world_size: int, digits: Path, tmp_path: Path
+) -> None:
+    bad = ("--optim.name=sgd", "--optim.lr=3", "--checkpoint.every=1", "--checkpoint.keep=99")
+    config = small_config(digits, tmp_path, *bad)
+    messages = run_ranks(world_size, message_of_fit, [config] * world_size)
+    assert len(set(messages)) == 1 and messages[0].startswith(NonFiniteLoss.__name__)
+    step = int(messages[0].split("at step ")[1].split(",")[0])
+    path, passed_over = checkpoint.latest(tmp_path)
+    assert path is not None and not passed_over
+    assert checkpoint.read_meta(path)["step"] == step
+    for tensor in checkpoint.read_state(path)["generator"]["network"].values():
+        assert tensor.isfinite().all()
+    written = json.loads((tmp_path / f"nonfinite-step-{step:08d}.json").read_text())
+    assert [len(ids["labeled"]) for ids in written["ranks"]] == [12 // world_size] * world_size
+
+
+def test_batches_that_can_not_be_shared_are_refused(digits: Path, tmp_path: Path) -> None:
+    config = small_config(digits, tmp_path, "--train.fake_batch=9")
+    messages = run_ranks(2, message_of_fit, [config] * 2)
+    assert len(set(messages)) == 1 and "train.fake_batch is 9" in messages[0]
+    config = small_config(digits, tmp_path, "--data.unlabeled_batch=25")
+    messages = run_ranks(2, message_of_fit, [config] * 2)
+    assert len(set(messages)) == 1 and "25" in messages[0] and "2" in messages[0]

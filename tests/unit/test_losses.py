@@ -1,0 +1,99 @@
+"""Losses against their closed forms, in value and in gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sgan_dist import losses
+
+torch.manual_seed(0)
+N, CLASSES = 7, 5
+LOGITS = torch.randn(N, CLASSES, dtype=torch.float64)
+FAKE_LOGIT = torch.randn(N, 1, dtype=torch.float64)
+LABELS = torch.randint(0, CLASSES, (N,))
+
+
+def with_fake(logits: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    return torch.cat([logits, fake], 1)
+
+
+def test_implied_probabilities_are_the_papers() -> None:
+    z = LOGITS.exp().sum(1)  # D(x) = Z / (Z + 1), Salimans et al. 2016
+    odds = losses.log_odds_real(LOGITS, "implied")
+    assert torch.allclose(losses.real(odds, N), -(z / (z + 1)).log().mean())
+    assert torch.allclose(losses.fake(odds, N), -(1 / (z + 1)).log().mean())
+
+
+def test_explicit_probabilities_are_a_softmax_over_all_classes() -> None:
+    logits = with_fake(LOGITS, FAKE_LOGIT)
+    p = logits.softmax(1)
+    odds = losses.log_odds_real(logits, "explicit")
+    assert torch.allclose(losses.real(odds, N), -(1 - p[:, -1]).log().mean())
+    assert torch.allclose(losses.fake(odds, N), -p[:, -1].log().mean())
+    assert torch.allclose(losses.supervised(logits, LABELS, N), F.nll_loss(p.log(), LABELS))
+
+
+def test_the_two_forms_agree_where_the_fake_logit_is_zero() -> None:
+    explicit = with_fake(LOGITS, torch.zeros_like(FAKE_LOGIT))
+    implied_odds = losses.log_odds_real(LOGITS, "implied")
+    assert torch.allclose(implied_odds, losses.log_odds_real(explicit, "explicit"))
+    assert torch.equal(losses.class_logits(explicit, "explicit"), LOGITS)
+    # a labeled image is a real one too: the explicit cross-entropy holds that part as well
+    both = losses.supervised(LOGITS, LABELS, N) + losses.real(implied_odds, N)
+    assert torch.allclose(both, losses.supervised(explicit, LABELS, N))
+
+
+def test_the_explicit_form_sees_only_differences_to_the_fake_logit() -> None:
+    logits = with_fake(LOGITS, FAKE_LOGIT)
+    shifted = losses.log_odds_real(logits + 3.5, "explicit")
+    assert torch.allclose(shifted, losses.log_odds_real(logits, "explicit"))
+    assert torch.allclose(shifted, losses.log_odds_real(LOGITS - FAKE_LOGIT, "implied"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient"),
+    [
+        # d/dl of -log p(real) = -p(fake) softmax(l); of -log p(fake) = p(real) softmax(l)
+        (losses.real, lambda l, t: -torch.sigmoid(-t)[:, None] * l.softmax(1) / N),
+        (losses.fake, lambda l, t: torch.sigmoid(t)[:, None] * l.softmax(1) / N),
+        (losses.non_saturating, lambda l, t: -torch.sigmoid(-t)[:, None] * l.softmax(1) / N),
+    ],
+)
+def test_gradients(loss, gradient) -> None:  # type: ignore[no-untyped-def]
+    logits = LOGITS.clone().requires_grad_()
+    loss(losses.log_odds_real(logits, "implied"), N).backward()
+    odds = losses.log_odds_real(LOGITS, "implied")
+    assert torch.allclose(logits.grad, gradient(LOGITS, odds))
+
+
+def test_supervised_gradient() -> None:
+    logits = LOGITS.clone().requires_grad_()
+    losses.supervised(logits, LABELS, N).backward()
+    expected = (LOGITS.softmax(1) - F.one_hot(LABELS, CLASSES)) / N
+    assert torch.allclose(logits.grad, expected)
+
+
+def test_feature_matching_value_and_gradient() -> None:
+    real = torch.randn(6, 4, dtype=torch.float64)
+    fake = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    loss = losses.feature_matching(real, fake)
+    difference = real.mean(0) - fake.detach().mean(0)
+    assert torch.allclose(loss, difference.square().mean())
+    loss.backward()
+    assert torch.allclose(fake.grad, (-2 / 4 * difference / 3).expand(3, 4))
+
+
+def test_extreme_logits_stay_finite_and_exact() -> None:
+    odds = torch.tensor([800.0, -800.0])
+    assert losses.real(odds[:1], 1) == 0 and losses.real(odds[1:], 1) == 800
+    assert losses.fake(odds[:1], 1) == 800 and losses.fake(odds[1:], 1) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_upcast(dtype: torch.dtype) -> None:
+    logits = LOGITS.to(dtype)
+    assert losses.supervised(logits, LABELS, N).dtype == torch.float32
+    assert losses.log_odds_real(logits, "implied").dtype == torch.float32
+    assert losses.feature_matching(logits, logits).dtype == torch.float32

@@ -1,0 +1,173 @@
+"""Networks: the contract, batch norm, first values, noise, averaging, augmentation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sgan_dist import ema
+from sgan_dist.augment import affine
+from sgan_dist.config import AugmentConfig, EmaConfig
+from sgan_dist.distributed import GlobalBatchNorm
+from sgan_dist.errors import UserError
+from sgan_dist.models import build_discriminator, build_generator
+from sgan_dist.models.base import data_dependent_init, dropout, gaussian_noise
+from sgan_dist.noise import Draw, Rows
+
+CPU = torch.device("cpu")
+
+
+def a_draw(n: int) -> Draw:
+    return Draw(0, "test", 0, [Rows.of(n, 0, 1)], CPU)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
+def test_the_pair_keeps_the_contract(shape: tuple[int, int, int]) -> None:
+    d = build_discriminator("dcgan", shape, 11, {"width": 4})
+    g = build_generator("dcgan", shape, {"width": 4})
+    images = g(g.latent(a_draw(6)))
+    assert images.shape == (6, *shape) and images.abs().max() <= 1
+    logits, features = d(images, a_draw(6))
+    assert logits.shape == (6, 11) and features.shape == (6, 16)
+
+
+def test_joining_batches_changes_nothing_for_the_discriminator() -> None:
+    d = build_discriminator("dcgan", (1, 28, 28), 10, {"width": 4}).double()
+    images = torch.rand(8, 1, 28, 28, dtype=torch.float64)
+    joined = d(images).logits
+    apart = torch.cat([d(images[:3]).logits, d(images[3:]).logits])
+    assert torch.allclose(joined, apart, atol=1e-14)
+
+
+def test_randomness_comes_from_the_draw_alone() -> None:
+    d = build_discriminator("dcgan", (1, 28, 28), 10, {"width": 4})
+    images = torch.rand(8, 1, 28, 28)
+    assert torch.equal(d(images).logits, d(images).logits)
+    assert torch.equal(d(images, a_draw(8)).logits, d(images, a_draw(8)).logits)
+    assert not torch.equal(d(images, a_draw(8)).logits, d(images).logits)
+
+
+@pytest.mark.parametrize("shape", [(64, 5), (16, 5, 3, 4)])
+def test_batch_norm_is_torchs_own_on_one_rank(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    theirs = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(5).double()
+    ours = GlobalBatchNorm(5).double()
+    nn.init.normal_(theirs.weight)
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    a = (3 * torch.randn(shape, dtype=torch.float64) + 2).requires_grad_()
+    b = a.detach().clone().requires_grad_()
+    weights = torch.randn(shape, dtype=torch.float64)
+    (ours(a) * weights).sum().backward()
+    (theirs(b) * weights).sum().backward()
+    assert torch.allclose(a.grad, b.grad, atol=1e-12)
+    assert torch.allclose(ours.weight.grad, theirs.weight.grad)
+    assert torch.allclose(ours.running_var, theirs.running_var)
+    ours.eval(), theirs.eval()
+    assert torch.allclose(ours(a), theirs(b))
+
+
+def test_data_dependent_init_standardizes_every_layer() -> None:
+    d = build_discriminator("dcgan", (1, 28, 28), 10, {"width": 4})
+    images = torch.rand(200, 1, 28, 28) * 2 - 1
+    data_dependent_init(d, images)
+    found = []
+    for layer in (d.conv1, d.conv4, d.head):
+        layer.register_forward_hook(lambda _m, _i, out: found.append(out.detach()))
+    d(images)
+    for out in found:
+        axes = [a for a in range(out.dim()) if a != 1]
+        assert torch.allclose(out.mean(axes), torch.zeros(out.shape[1]), atol=1e-4)
+        assert torch.allclose(out.std(axes), torch.ones(out.shape[1]), atol=1e-2)
+
+
+def test_noise_and_dropout() -> None:
+    x = torch.ones(2000, 10)
+    assert gaussian_noise(x, 0.3, None) is x and dropout(x, 0.3, None) is x
+    noisy = gaussian_noise(x, 0.3, a_draw(2000))
+    assert abs((noisy - x).std() - 0.3) < 0.01
+    dropped = dropout(x, 0.25, a_draw(2000))
+    assert abs((dropped == 0).float().mean() - 0.25) < 0.02
+    assert torch.allclose(dropped[dropped > 0], torch.tensor(1 / 0.75))
+
+
+def test_ema_half_life_is_in_images() -> None:
+    average, network = nn.Linear(1, 1), nn.Linear(1, 1)
+    nn.init.zeros_(average.weight), nn.init.ones_(network.weight)
+    config = EmaConfig(half_life=1000, rampup=0)
+    for step in range(1, 11):
+        ema.update(average, network, 100 * step, 100, config)
+    assert torch.allclose(average.weight, torch.tensor(0.5))
+
+
+def test_ema_follows_closely_at_first() -> None:
+    average, network = nn.Linear(1, 1), nn.Linear(1, 1)
+    nn.init.zeros_(average.weight), nn.init.ones_(network.weight)
+    ema.update(average, network, 100, 100, EmaConfig(half_life=1e9, rampup=0.1))
+    assert average.weight.item() > 0.99
+
+
+def test_no_augmentation_returns_the_images_themselves() -> None:
+    images = torch.rand(4, 1, 28, 28)
+    assert affine(images, AugmentConfig(), a_draw(4)) is images
+
+
+def test_translation_moves_whole_pixels_at_most() -> None:
+    images = torch.full((400, 1, 28, 28), -1.0)
+    images[:, :, 14, 14] = 1
+    moved = affine(images, AugmentConfig(translate=2), a_draw(400)).add(1).squeeze(1)
+    rows = (moved.sum(2) * torch.arange(28)).sum(1) / moved.sum((1, 2))
+    assert 11.9 <= rows.min() < 12.2 and 15.8 < rows.max() <= 16.1
+    assert torch.allclose(moved.sum((1, 2)), torch.full((400,), 2.0), atol=1e-4)
+
+
+def test_augmentation_is_differentiable() -> None:
+    images = torch.rand(4, 1, 28, 28, requires_grad=True)
+    config = AugmentConfig(rotation=10, scale=0.1, shear=0.1, translate=2)
+    affine(images, config, a_draw(4)).sum().backward()
+    assert images.grad is not None and images.grad.abs().sum() > 0
+
+
+def test_rotation_turns_by_at_most_the_angle() -> None:
+    images = torch.full((300, 1, 28, 28), -1.0)
+    images[:, :, 13:15, 24] = 1  # on the horizontal axis, 10.5 px right of the centre
+    turned = affine(images, AugmentConfig(rotation=20), a_draw(300)).add(1).squeeze(1)
+    mass = turned.sum((1, 2))
+    y = (turned.sum(2) * (torch.arange(28) - 13.5)).sum(1) / mass
+    x = (turned.sum(1) * (torch.arange(28) - 13.5)).sum(1) / mass
+    angles = torch.atan2(y, x).rad2deg()
+    assert angles.abs().max() < 21 and angles.min() < -17 and angles.max() > 17
+    assert torch.allclose((x**2 + y**2).sqrt(), torch.full((300,), 10.5), atol=0.3)
+
+
+def test_a_users_own_model_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "class Mine(nn.Module):\n"
+        "    def __init__(self, image_shape, outputs, depth):\n"
+        "        super().__init__()\n"
+        "        self.depth = depth\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert build_discriminator("mine:Mine", (1, 28, 28), 10, {"depth": 3}).depth == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "says"),
+    [
+        ("dcgann", {}, "take one of dcgan"),
+        ("no_such_module:D", {}, "can't be imported"),
+        ("sgan_dist.models.dcgan:Nothing", {}, "can't be imported"),
+        ("dcgan", {"wdith": 3}, "do not fit DCGANDiscriminator"),
+    ],
+)
+def test_bad_models_are_explained(name: str, args: dict[str, int], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        build_discriminator(name, (1, 28, 28), 10, args)
+
+
+def test_the_generator_says_which_sizes_it_makes() -> None:
+    with pytest.raises(UserError, match="divisible by 4"):
+        build_generator("dcgan", (1, 30, 30), {})

@@ -1,0 +1,312 @@
+"""Preparing: the splits, the bytes, and what is refused or survives a kill."""
+
+import fcntl
+import gzip
+import hashlib
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from sgan_dist.data.index import load_index
+from sgan_dist.data.order import permutation
+from sgan_dist.data.prepare import main, prepare
+from sgan_dist.data.sources import load_source
+from sgan_dist.data.stream import read_split
+from sgan_dist.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = [sys.executable, str(REPOSITORY / "launch" / "prepare_shards.py")]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+SPLITS = ("labeled", "unlabeled", "validation", "test")
+
+
+def tree(root):
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def read(root, index, split):
+    parts = list(read_split(root, index, split, 0, 1))
+    images = np.concatenate([part[0] for part in parts])
+    labels = None if split == "unlabeled" else np.concatenate([part[1] for part in parts])
+    return images, labels
+
+
+def rows(images):
+    return {image.tobytes() for image in images}
+
+
+def idx_bytes(array):
+    return struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write_idx(folder, train=600, test=60, side=8, compress=True):
+    """Four IDX files of distinct random images, labels 0 to 3 by turns."""
+    folder.mkdir()
+    for part, samples in (("train", train), ("t10k", test)):
+        images = (permutation(samples * side * side, part) % 251).astype(np.uint8)
+        labels = (np.arange(samples) % 4).astype(np.uint8)
+        for name, array in (
+            (f"{part}-images-idx3-ubyte", images.reshape(samples, side, side)),
+            (f"{part}-labels-idx1-ubyte", labels),
+        ):
+            data = idx_bytes(array)
+            (folder / (name + ".gz" * compress)).write_bytes(
+                gzip.compress(data) if compress else data
+            )
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["packed", "per-sample"])
+def test_digits(tmp_path, layout):
+    index = prepare("digits", tmp_path / "out", layout=layout, progress=False)
+    assert load_index(tmp_path / "out") == index
+    source = load_source("digits")
+    sets = {}
+    for split in SPLITS:
+        images, labels = read(tmp_path / "out", index, split)
+        assert len(images) == index.split(split).samples
+        sets[split] = rows(images)
+        if labels is not None:
+            assert np.bincount(labels).tolist() == [len(images) // 10] * 10
+            by_bytes = dict(
+                zip((i.tobytes() for i in source.train_images), source.train_labels, strict=True)
+            )
+            assert [by_bytes[image.tobytes()] for image in images] == labels.tolist()
+            # the order within a split tells nothing of classes
+            assert (np.diff(labels) == 0).mean() < 0.3
+    assert sets["labeled"] <= sets["unlabeled"]
+    assert not sets["unlabeled"] & (sets["validation"] | sets["test"])
+    assert not sets["validation"] & sets["test"]
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_idx(tmp_path, compress):
+    folder = write_idx(tmp_path / "tiny", compress=compress)
+    index = prepare(f"idx:{folder}", tmp_path / "out", 5, samples_per_shard=300, progress=False)
+    assert index.source == "idx:tiny"
+    assert [index.split(s).samples for s in SPLITS] == [20, 550, 50, 60]
+    assert [shard.samples for shard in index.unlabeled.shards] == [300, 250]
+    source = load_source(f"idx:{folder}")
+    assert rows(read(tmp_path / "out", index, "test")[0]) == rows(source.test_images)
+    everything = [read(tmp_path / "out", index, s)[0] for s in ("unlabeled", "validation")]
+    assert rows(np.concatenate(everything)) == rows(source.train_images)
+
+
+@pytest.mark.skipif("SGAN_DATA" not in os.environ, reason="SGAN_DATA is not set")
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_real_idx(tmp_path, name):
+    spec = f"idx:{Path(os.environ['SGAN_DATA']) / name}"
+    index = prepare(spec, tmp_path / "out", progress=False)
+    assert [index.split(s).samples for s in SPLITS] == [100, 55000, 5000, 10000]
+    assert index.labeled.label_histogram == (10,) * 10
+    histogram = np.bincount(load_source(spec).train_labels)
+    assert abs(np.array(index.validation.label_histogram) - histogram / 12).max() < 1
+
+
+@pytest.mark.parametrize("layout", ["packed", "per-sample"])
+def test_same_request_same_bytes(tmp_path, layout):
+    folder = write_idx(tmp_path / "tiny")
+    first, second = tmp_path / "first", tmp_path / "second"
+    for out in (first, second):
+        prepare(f"idx:{folder}", out, 5, layout=layout, progress=False)
+    assert tree(first) == tree(second)
+    time_before = (first / "index.json").stat().st_mtime_ns
+    prepare(f"idx:{folder}", first, 5, layout=layout, progress=False)
+    assert (first / "index.json").stat().st_mtime_ns == time_before
+
+
+def test_another_label_seed_changes_the_labeled_split_only(tmp_path):
+    folder = write_idx(tmp_path / "tiny")
+    for seed in (0, 1):
+        prepare(f"idx:{folder}", tmp_path / str(seed), 5, label_seed=seed, progress=False)
+    zero, one = tree(tmp_path / "0"), tree(tmp_path / "1")
+    changed = {name for name in zero if zero[name] != one[name]}
+    assert changed == {"labeled/000000.tar", "index.json"}
+    prepare(f"idx:{folder}", tmp_path / "more", 10, progress=False)
+    fewer, more = (
+        rows(read(tmp_path / name, load_index(tmp_path / name), "labeled")[0])
+        for name in ("0", "more")
+    )
+    assert fewer < more
+
+
+@pytest.mark.parametrize("layout", ["packed", "per-sample"])
+def test_unlabeled_shards_carry_no_labels_and_webdataset_reads_all(tmp_path, layout):
+    folder = write_idx(tmp_path / "tiny")
+    out = tmp_path / "out"
+    index = prepare(f"idx:{folder}", out, 5, layout=layout, samples_per_shard=300, progress=False)
+    fields = {"images.npy", "labels.npy"} if layout == "packed" else {"png", "cls"}
+    for split in SPLITS:
+        shards = [str(out / shard.name) for shard in index.split(split).shards]
+        for shard in shards:
+            names = {m.name.split(".", 1)[1] for m in tarfile.open(shard)}
+            assert names == (fields if split != "unlabeled" else fields & {"images.npy", "png"})
+        images, labels = read(out, index, split)
+        got = list(webdataset.WebDataset(shards, shardshuffle=False).decode("l8"))
+        assert len({sample["__key__"] for sample in got}) == len(got)
+        if layout == "packed":
+            assert (np.concatenate([s["images.npy"] for s in got]) == images).all()
+            if labels is not None:
+                assert np.concatenate([s["labels.npy"] for s in got]).tolist() == labels.tolist()
+        else:
+            assert (np.stack([s["png"] for s in got])[..., None] == images).all()
+            if labels is not None:
+                assert [s["cls"] for s in got] == labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels_per_class": 0}, "at least 1"),
+        ({"labels_per_class": 200}, "class 0 .* fewer than 200 labels per class"),
+        ({"validation": 600}, "validation is 600: choose from 0 to 599"),
+        ({"validation": -1}, "validation is -1"),
+        ({"layout": "zip"}, "unknown layout 'zip'"),
+        ({"order": "random"}, "unknown order 'random'"),
+        ({"samples_per_shard": 0}, "samples per shard is 0"),
+    ],
+)
+def test_refused_requests(tmp_path, options, message):
+    folder = write_idx(tmp_path / "tiny")
+    with pytest.raises(UserError, match=message):
+        prepare(f"idx:{folder}", tmp_path / "out", progress=False, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny"]
+
+
+def test_refused_folders(tmp_path):
+    folder = write_idx(tmp_path / "tiny")
+    out = tmp_path / "out"
+    prepare(f"idx:{folder}", out, 5, progress=False)
+    with pytest.raises(UserError, match=r"5 labels per class.*6 labels per class"):
+        prepare(f"idx:{folder}", out, 6, progress=False)
+    with pytest.raises(UserError, match="holds no dataset"):
+        prepare(f"idx:{folder}", folder, 5, progress=False)
+    with pytest.raises(UserError, match="holds no dataset"):
+        prepare(f"idx:{folder}", folder / "t10k-labels-idx1-ubyte.gz", 5, progress=False)
+    with pytest.raises(UserError, match=r"cannot write .*directory"):
+        prepare(f"idx:{folder}", out / "index.json" / "below", 5, progress=False)
+    (tmp_path / "empty").mkdir()
+    prepare(f"idx:{folder}", tmp_path / "empty", 5, progress=False)
+    load_index(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "train-images-idx3-ubyte",
+            lambda d: d[:-1],
+            "says 600x8x8 = 38400 bytes, but holds 38399",
+        ),
+        ("train-images-idx3-ubyte", lambda d: d + b"x", "holds 38401"),
+        ("t10k-labels-idx1-ubyte", lambda d: b"\0\0\x08\x03" + d[4:], "not an IDX file"),
+        ("t10k-labels-idx1-ubyte", lambda d: b"", "not an IDX file"),
+        (
+            "train-labels-idx1-ubyte",
+            lambda d: idx_bytes(np.zeros(599, np.uint8)),
+            "600 train images",
+        ),
+        ("t10k-labels-idx1-ubyte", lambda d: d[:-1] + b"\x09", "t10k labels go up to 9"),
+        ("train-images-idx3-ubyte", None, "has neither train-images"),
+    ],
+)
+def test_damaged_idx_files(tmp_path, name, change, message):
+    folder = write_idx(tmp_path / "tiny", compress=False)
+    path = folder / name
+    data = path.read_bytes()
+    path.unlink()
+    if change:
+        path.write_bytes(change(data))
+    with pytest.raises(UserError, match=message):
+        load_source(f"idx:{folder}")
+
+
+def test_damaged_gzip_and_unknown_sources(tmp_path):
+    folder = write_idx(tmp_path / "tiny")
+    path = folder / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"cannot read .*train-images"):
+        load_source(f"idx:{folder}")
+    for spec in ("idx:", "mnist", "http://example.com"):
+        with pytest.raises(UserError, match="use `digits` or `idx:FOLDER`"):
+            load_source(spec)
+
+
+def test_command_line(tmp_path, capsys):
+    folder = write_idx(tmp_path / "tiny")
+    line = ["--source", f"idx:{folder}", "--out", str(tmp_path / "out"), "--labels_per_class", "5"]
+    assert main([*line, "--order", "windowed", "--validation=40"]) == 0
+    assert "560 samples in 1 shard(s), windowed" in capsys.readouterr().out
+    index = load_index(tmp_path / "out")
+    assert index.unlabeled.order == "windowed" and index.labeled.order == "full"
+    assert main([*line, "--order", "windowed", "--validation=40"]) == 0
+    assert "already holds this dataset" in capsys.readouterr().err
+    assert main(line) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.timeout(120)
+def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path):
+    out = tmp_path / "out"
+    # a shard a sample: thousands of files, so that there is time to kill it
+    process = subprocess.Popen(
+        [*SCRIPT, "--source=digits", f"--out={out}", "--samples-per-shard=1"], env=ENVIRONMENT
+    )
+    partial = tmp_path / ".out.partial"
+    while not (partial / "unlabeled" / "000005.tar").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert partial.exists() and not out.exists()
+    with pytest.raises(UserError, match="no dataset"):
+        load_index(out)
+    with pytest.raises(UserError, match="no dataset"):
+        load_index(partial)
+    prepare("digits", out, progress=False)
+    load_index(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.timeout(60)
+def test_no_room_left(tmp_path):
+    done = subprocess.run(
+        [*SCRIPT, "--source=digits", f"--out={tmp_path / 'out'}"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+    )
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: no room left") and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_live_run_is_not_disturbed(tmp_path):
+    folder = write_idx(tmp_path / "tiny")
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "theirs").touch()
+    descriptor = os.open(partial, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another run is preparing"):
+        prepare(f"idx:{folder}", tmp_path / "out", 5, progress=False)
+    assert (partial / "theirs").exists()
+    os.close(descriptor)
+    prepare(f"idx:{folder}", tmp_path / "out", 5, progress=False)
+    assert not partial.exists()
