@@ -6,15 +6,12 @@ import fcntl
 import json
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-import accelerate
-import numpy
 import torch
-import webdataset
 
-import sgan_dist
 from sgan_dist.backend import Backend
 from sgan_dist.config import Config, save
 from sgan_dist.errors import UserError
@@ -88,14 +85,8 @@ def environment(backend: Backend) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of this package and of what it stands on."""
-    return {
-        "sgan_dist": sgan_dist.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "accelerate": accelerate.__version__,
-        "webdataset": webdataset.__version__,
-        "numpy": numpy.__version__,
-    }
+    packages = ("sgan_dist", "torch", "accelerate", "webdataset", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def is_rank_zero() -> bool:

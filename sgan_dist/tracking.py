@@ -20,7 +20,6 @@ from tqdm import tqdm
 from sgan_dist.config import Config, meaning
 from sgan_dist.errors import UserError
 
-
 # metric -> its name and format on the terminal
 WATCHED = {
     "d/supervised": ("supervised", "6.3f"),
@@ -173,7 +172,8 @@ def _start_wandb(run: Path, config: Config) -> Any:
     mode = os.environ.get("WANDB_MODE")
     if mode is None:
         mode = "online" if wandb.api.api_key else "offline"
-    settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+    # finish_timeout: what is not sent by then stays on disk, for `wandb sync`
+    settings = wandb.Settings(silent=True, console="off", init_timeout=20, finish_timeout=30)
     for attempt in dict.fromkeys([mode, "offline"]):
         try:
             return wandb.init(
@@ -187,5 +187,6 @@ def _start_wandb(run: Path, config: Config) -> Any:
                 settings=settings,
             )
         except Exception as error:  # noqa: BLE001 - whatever it is, it is shown
-            say(f"W&B could not start {attempt} ({error}); training goes on")
+            say(f"W&B could not start {attempt} ({error}); training goes on without it")
+            wandb.teardown()
     return None

@@ -23,7 +23,9 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    world_size: int, work: Callable[..., Any], *args: Any, timeout: float = 120
+) -> list[Any]:
     """`work(rank, *args)` on gloo ranks with one thread each, as a launcher would start them.
 
     Returns the results in rank order; raises RuntimeError with the traceback of the first failure.
@@ -60,7 +62,12 @@ def run_ranks(world_size: int, work: Callable[..., Any], *args: Any, timeout: fl
 
 
 def _child(
-    rank: int, world_size: int, port: int, pipe: Any, work: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    port: int,
+    pipe: Any,
+    work: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     if world_size > 1:
@@ -77,17 +84,18 @@ def _child(
     torch.set_num_threads(1)
     try:
         pipe.send((False, work(rank, *args)))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - told to the parent
         pipe.send((True, traceback.format_exc()))
 
 
-def environment(**more: str) -> dict[str, str]:
-    """The environment of a command: no W&B account, one thread."""
+def environment(**more: str | None) -> dict[str, str]:
+    """The environment of a command: no W&B, one thread; None takes a variable out."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "ACCELERATE_"))}
-    return clean | {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"} | more
+    merged = {**clean, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", **more}
+    return {name: value for name, value in merged.items() if value is not None}
 
 
-def launch(*command: str, **more: str) -> subprocess.Popen[str]:
+def launch(*command: str, **more: str | None) -> subprocess.Popen[str]:
     """Starts a command in the repository, in a process group of its own."""
     programs = Path(sys.executable).parent
     first = str(programs / command[0])
@@ -102,7 +110,7 @@ def launch(*command: str, **more: str) -> subprocess.Popen[str]:
     )
 
 
-def run(*command: str, timeout: float = 180, **more: str) -> tuple[int, str]:
+def run(*command: str, timeout: float = 180, **more: str | None) -> tuple[int, str]:
     """Exit code and output of a command."""
     process = launch(*command, **more)
     try:

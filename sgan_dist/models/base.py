@@ -76,9 +76,10 @@ def data_dependent_init(network: nn.Module, images: Tensor) -> None:
     def standardize(layer: nn.Module, _: object, out: Tensor) -> Tensor:
         axes = [d for d in range(out.dim()) if d != 1]
         mean, std = out.mean(axes), out.std(axes, correction=0) + 1e-8
-        gain = layer.parametrizations.weight.original0  # type: ignore[union-attr]
-        gain.div_(std.view(-1, *[1] * (gain.dim() - 1)))  # type: ignore[operator, union-attr]
-        layer.bias.copy_((layer.bias - mean) / std)  # type: ignore[operator, union-attr, arg-type]
+        gain, bias = layer.get_parameter("parametrizations.weight.original0"), layer.bias
+        assert isinstance(bias, Tensor)
+        gain.div_(std.view(-1, *[1] * (gain.dim() - 1)))
+        bias.copy_((bias - mean) / std)
         view = (1, -1) + (1,) * (out.dim() - 2)
         return (out - mean.view(view)) / std.view(view)
 

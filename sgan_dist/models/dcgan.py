@@ -76,4 +76,4 @@ class DCGANGenerator(nn.Module):
         x = self.dense(z).unflatten(1, self.start)
         x = F.relu(self.norm1(x))
         x = F.relu(self.norm2(self.up1(x)))
-        return self.up2(x).tanh()
+        return F.tanh(self.up2(x))

@@ -36,9 +36,7 @@ def test_ten_steps_equal_five_and_five(
     world_size: int, dataset: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     root = request.getfixturevalue(dataset)
-    run_ranks(
-        world_size, train, small_config(root, tmp_path / "a", *OPTIONS, "--train.steps=10")
-    )
+    run_ranks(world_size, train, small_config(root, tmp_path / "a", *OPTIONS, "--train.steps=10"))
     for steps in (5, 10):
         config = small_config(root, tmp_path / "b", *OPTIONS, f"--train.steps={steps}")
         run_ranks(world_size, train, config)

@@ -13,7 +13,12 @@ from sgan_dist.trainer import fit
 from tests.conftest import small_config
 from tests.ranks import run_ranks
 
-EXACT = ("--train.precision=fp64", "--optim.name=sgd", "--optim.lr=0.02", "--optim.generator_lr=0.02")
+EXACT = (
+    "--train.precision=fp64",
+    "--optim.name=sgd",
+    "--optim.lr=0.02",
+    "--optim.generator_lr=0.02",
+)
 
 
 def parameters(run: Path) -> dict[str, Tensor]:
@@ -53,7 +58,10 @@ def train_with_naive_matching(rank: int, config: Config) -> int:
     ("dataset", "options"),
     [
         ("digits", ("--loss.generator=feature_matching",)),
-        ("digits", ("--loss.generator=non_saturating", "--loss.form=explicit", "--optim.clip_norm=1")),
+        (
+            "digits",
+            ("--loss.generator=non_saturating", "--loss.form=explicit", "--optim.clip_norm=1"),
+        ),
         ("windowed", ("--loss.generator=feature_matching",)),
     ],
 )

@@ -98,7 +98,7 @@ def test_a_finished_run_has_everything(straight: Path) -> None:
         "step-00000150.png",
     }
     assert [line["step"] for line in metrics(straight)] == list(range(10, 151, 10))
-    network, about = load_classifier(straight / "classifier.safetensors")
+    _, about = load_classifier(straight / "classifier.safetensors")
     assert about["class_names"] == [str(n) for n in range(10)]
 
 
@@ -235,7 +235,9 @@ def test_dry_run_says_what_would_run(digits: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_a_full_disk_is_explained_and_the_last_checkpoint_kept(digits: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_explained_and_the_last_checkpoint_kept(
+    digits: Path, tmp_path: Path
+) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "none", str(small)])

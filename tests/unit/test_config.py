@@ -14,7 +14,13 @@ def test_layers_and_overrides(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("name: a\noptim: {lr: 1e-3, generator_lr: 5e-4}\n")
     (tmp_path / "b.yaml").write_text("optim: {lr: 2e-4}\nmodel: {discriminator_args: {width: 8}}\n")
     config, dry_run = parse(
-        [f"--config={tmp_path}/a.yaml", f"--config={tmp_path}/b.yaml", "--train.steps=7", "--seed", "3"]
+        [
+            f"--config={tmp_path}/a.yaml",
+            f"--config={tmp_path}/b.yaml",
+            "--train.steps=7",
+            "--seed",
+            "3",
+        ]
     )
     assert not dry_run
     assert (config.name, config.optim.lr, config.optim.generator_lr) == ("a", 2e-4, 5e-4)

@@ -56,9 +56,12 @@ def test_the_explicit_form_sees_only_differences_to_the_fake_logit() -> None:
     ("loss", "gradient"),
     [
         # d/dl of -log p(real) = -p(fake) softmax(l); of -log p(fake) = p(real) softmax(l)
-        (losses.real, lambda l, t: -torch.sigmoid(-t)[:, None] * l.softmax(1) / N),
-        (losses.fake, lambda l, t: torch.sigmoid(t)[:, None] * l.softmax(1) / N),
-        (losses.non_saturating, lambda l, t: -torch.sigmoid(-t)[:, None] * l.softmax(1) / N),
+        (losses.real, lambda logits, t: -torch.sigmoid(-t)[:, None] * logits.softmax(1) / N),
+        (losses.fake, lambda logits, t: torch.sigmoid(t)[:, None] * logits.softmax(1) / N),
+        (
+            losses.non_saturating,
+            lambda logits, t: -torch.sigmoid(-t)[:, None] * logits.softmax(1) / N,
+        ),
     ],
 )
 def test_gradients(loss, gradient) -> None:  # type: ignore[no-untyped-def]

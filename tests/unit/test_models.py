@@ -142,7 +142,9 @@ def test_rotation_turns_by_at_most_the_angle() -> None:
     assert torch.allclose((x**2 + y**2).sqrt(), torch.full((300,), 10.5), atol=0.3)
 
 
-def test_a_users_own_model_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_own_model_is_found_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
         "class Mine(nn.Module):\n"

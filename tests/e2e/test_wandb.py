@@ -1,0 +1,68 @@
+"""W&B in real runs: offline without a key, online with one id over resumes, an outage in between."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.test_train import command, wait_for_step
+from tests.ranks import launch, run
+from tests.wandb_server import WandbServer
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    server = WandbServer()
+    yield server
+    server.close()
+
+
+def online(server: WandbServer) -> dict[str, str]:
+    return {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+
+
+def test_without_a_key_it_is_offline(digits: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    arguments = command(digits, tmp_path / "run", "--train.steps=20")
+    code, output = run("python", *arguments, WANDB_MODE=None, HOME=str(home))
+    assert code == 0, output
+    written = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(written) == 1
+    assert written[0].stem == "run-" + (tmp_path / "run" / "wandb_id").read_text()
+
+
+def test_one_run_over_resumes(digits: Path, tmp_path: Path, server: WandbServer) -> None:
+    for steps in (20, 40):
+        arguments = command(digits, tmp_path, f"--train.steps={steps}", "--optim.decay=0")
+        code, output = run("python", *arguments, **online(server))
+        assert code == 0, output
+    assert set(server.run_ids) == {(tmp_path / "wandb_id").read_text()}
+    assert [line["_step"] for line in server.history if "d/supervised" in line] == [10, 20, 30, 40]
+
+
+@pytest.mark.slow
+def test_an_outage_does_not_stop_training(
+    digits: Path, tmp_path: Path, server: WandbServer
+) -> None:
+    process = launch("python", *command(digits, tmp_path), **online(server))
+    wait_for_step(process, tmp_path, 20)
+    server.broken = True
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(10, 151, 10))
+
+
+@pytest.mark.slow
+def test_an_unreachable_server_is_said_and_passed_by(
+    digits: Path, tmp_path: Path, server: WandbServer
+) -> None:
+    server.broken = True
+    arguments = command(digits, tmp_path, "--train.steps=20")
+    code, output = run("python", *arguments, **online(server))
+    assert code == 0 and "W&B could not start online" in output, output
+    assert list((tmp_path / "wandb").glob("offline-run-*")), output
