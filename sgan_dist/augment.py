@@ -10,13 +10,14 @@ from sgan_dist.config import AugmentConfig
 from sgan_dist.noise import Draw
 
 
-def affine(images: Tensor, config: AugmentConfig, draw: Draw) -> Tensor:
-    """Rotates, scales, shears and shifts images (n, C, H, W), each by its own random amounts.
+def augment(images: Tensor, config: AugmentConfig, draw: Draw) -> Tensor:
+    """Rotates, scales, shears, shifts and bends images (n, C, H, W), each by its own amounts.
 
     Bilinear, differentiable; what comes in from outside repeats the border. One map for real and
     generated images alike: otherwise D would tell them apart by the augmentation.
     """
-    if not (config.rotation or config.scale or config.shear or config.translate):
+    amounts = (config.rotation, config.scale, config.shear, config.translate, config.elastic)
+    if not any(amounts):
         return images
     height, width = images.shape[-2:]
     u = (2 * draw.uniform(5) - 1).to(images.dtype)
@@ -29,4 +30,10 @@ def affine(images: Tensor, config: AugmentConfig, draw: Draw) -> Tensor:
     matrix = torch.stack([cos, cos * shear - sin, sin, sin * shear + cos], 1).view(-1, 2, 2)
     theta = torch.cat([matrix, shift.unsqueeze(2)], 2)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    if config.elastic:
+        # pixels to the grid's units of half an image
+        pixel = images.new_tensor([2 / width, 2 / height]).view(2, 1, 1)
+        coarse = draw.normal(2, 5, 5).to(images.dtype) * (config.elastic * pixel)
+        smooth = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
+        grid = grid + smooth.permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import warnings
 from collections.abc import Iterator
@@ -35,6 +36,20 @@ class Player:
         self._accelerator = accelerator
         self._optimizer = optimizer
         self._parameters = list(network.parameters())
+
+    def settle(self, example: Tensor) -> None:
+        """Makes DDP order its gradient buckets now, by one forward and backward over `example`.
+
+        Left alone it does so after its first step, and sums in another order from then on: a resumed
+        run would differ from an uninterrupted one in the last bits.
+        """
+        if self.wrapped is self.network:
+            return
+        kept = copy.deepcopy(self.network.state_dict())
+        out = self.wrapped(example)
+        (out if isinstance(out, Tensor) else out[0]).sum().backward()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.network.load_state_dict(kept)
 
     def backward(self, loss_share: Tensor, clip_norm: float | None) -> Tensor:
         """Sets the gradients of the global loss, clipped; returns their norm before clipping.
@@ -74,17 +89,10 @@ class Backend:
         self.accelerator = accelerate.Accelerator(
             mixed_precision="bf16" if config.precision == "bf16" else "no",
             kwargs_handlers=[
-                DistributedDataParallelKwargs(
-                    # Running statistics are global already, or derived from equal values.
-                    broadcast_buffers=False,
-                    # Keeps DDP from rebuilding its buckets after the first step: sums would be made
-                    # in another order then, and a resumed run would differ in the last bits.
-                    find_unused_parameters=True,
-                )
+                # Buffers are global averages already, the same on every rank.
+                DistributedDataParallelKwargs(broadcast_buffers=False)
             ],
         )
-        # Both are meant, see above.
-        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
         warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*")
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
@@ -127,11 +135,14 @@ class Backend:
 @contextlib.contextmanager
 def frozen(network: nn.Module) -> Iterator[nn.Module]:
     """`network` without gradients for its own parameters: they flow through it only."""
-    network.requires_grad_(False)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
     try:
         yield network
     finally:
-        network.requires_grad_(True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _refuse_silent_single_process() -> None:

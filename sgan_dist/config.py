@@ -51,7 +51,8 @@ class ModelConfig:
     """Which networks; a name of `sgan_dist.models`, or your own as `package.module:Class`."""
 
     discriminator: str = "dcgan"
-    generator: str = "dcgan"
+    generator: str | None = "dcgan"
+    """null: no generator and no real/fake terms, for comparison"""
     discriminator_args: dict[str, Any] = field(default_factory=dict)
     """keyword arguments of the discriminator's class"""
     generator_args: dict[str, Any] = field(default_factory=dict)
@@ -69,6 +70,12 @@ class LossConfig:
     fake: float = 0.5
     """weight of -log p(fake | G(z))"""
     generator: Literal["feature_matching", "non_saturating"] = "feature_matching"
+    consistency: float = 0.0
+    """weight of the cross-entropy from the averaged D's targets on unlabeled images; 0: off"""
+    temperature: float = 0.5
+    """of those targets: below 1 sharpens them"""
+    consistency_rampup: int = 0
+    """steps over which the weight rises from 0"""
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,8 @@ class AugmentConfig:
     shear: float = 0.0
     translate: float = 0.0
     """pixels, at most this much either way"""
+    elastic: float = 0.0
+    """pixels, standard deviation of a smooth random displacement (a 5x5 grid, interpolated)"""
 
 
 @dataclass(frozen=True)
@@ -162,6 +171,9 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """of all that D is trained on"""
+    teacher_augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """of what the averaged D makes targets from, where `loss.consistency` is on"""
     ema: EmaConfig = field(default_factory=EmaConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -199,11 +211,15 @@ def parse(argv: Sequence[str], default: Path | None = None) -> tuple[Config, boo
 def check(config: Config) -> Config:
     """`config` as it will run, or a UserError that names the first value that can't be.
 
-    A supervised-only run takes no unlabeled images, whatever `data.unlabeled_batch` says.
+    A supervised-only run takes no unlabeled images and has no generator, whatever else is said.
     """
     if config.train.supervised_only:
-        data = dataclasses.replace(config.data, unlabeled_batch=0)
-        config = dataclasses.replace(config, data=data)
+        config = dataclasses.replace(
+            config,
+            data=dataclasses.replace(config.data, unlabeled_batch=0),
+            model=dataclasses.replace(config.model, generator=None),
+            loss=dataclasses.replace(config.loss, consistency=0.0),
+        )
     d, t, o = config.data, config.train, config.optim
     must_be_positive = {
         "data.labeled_batch": d.labeled_batch,
@@ -216,10 +232,12 @@ def check(config: Config) -> Config:
         "checkpoint.keep": config.checkpoint.keep,
         "optim.lr": o.lr,
         "ema.half_life": config.ema.half_life,
+        "loss.temperature": config.loss.temperature,
     }
     if not t.supervised_only:
+        must_be_positive["data.unlabeled_batch"] = d.unlabeled_batch
+    if config.model.generator is not None:
         must_be_positive |= {
-            "data.unlabeled_batch": d.unlabeled_batch,
             "train.fake_batch": t.fake_batch,
             "optim.generator_lr": o.generator_lr,
         }
@@ -233,8 +251,13 @@ def check(config: Config) -> Config:
         "train.sample_every": t.sample_every,
         "loss.unlabeled": config.loss.unlabeled,
         "loss.fake": config.loss.fake,
+        "loss.consistency": config.loss.consistency,
+        "loss.consistency_rampup": config.loss.consistency_rampup,
         "ema.rampup": config.ema.rampup,
         **{f"augment.{k}": v for k, v in dataclasses.asdict(config.augment).items()},
+        **{
+            f"teacher_augment.{k}": v for k, v in dataclasses.asdict(config.teacher_augment).items()
+        },
     }
     for key, value in must_not_be_negative.items():
         if not (value >= 0 and math.isfinite(value)):

@@ -95,13 +95,15 @@ class GlobalBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        mean, var = self._moments(x) if self.training else (self.running_mean, self.running_var)
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        view = (1, -1) + (1,) * (x.dim() - 2)
-        out = x * scale.view(view) + (self.bias - mean * scale).view(view)
-        return out.to(x.dtype)
+        if self.training:
+            return self.normalize(x, track=True)
+        return self._affine(x, self.running_mean, self.running_var)
 
-    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def normalize(self, x: Tensor, track: bool) -> Tensor:
+        """`x` by its own global moments, which the running averages follow if `track`.
+
+        They stand still while the layer is frozen.
+        """
         values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         axes = [d for d in range(values.dim()) if d != 1]
         count = x.numel() // x.shape[1] * world_size()  # every rank holds as many
@@ -109,11 +111,18 @@ class GlobalBatchNorm(nn.Module):
         # Second pass over centered values: squared sums alone would cancel in fp32.
         view = (1, -1) + (1,) * (x.dim() - 2)
         var = differentiable_sum((values - mean.view(view)).square().sum(axes)) / count
-        with torch.no_grad():
-            unbiased = var * (count / max(count - 1, 1))
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        return mean, var
+        if track and self.weight.requires_grad:
+            with torch.no_grad():
+                unbiased = var * (count / max(count - 1, 1))
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return self._affine(x, mean, var)
+
+    def _affine(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        view = (1, -1) + (1,) * (x.dim() - 2)
+        out = x * scale.view(view) + (self.bias - mean * scale).view(view)
+        return out.to(x.dtype)
 
 
 def gather_objects(mine: T) -> list[T]:

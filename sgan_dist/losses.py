@@ -69,6 +69,25 @@ def non_saturating(log_odds: Tensor, count: int) -> Tensor:
     return F.softplus(-log_odds).sum() / count
 
 
+def soft_cross_entropy(class_logits: Tensor, targets: Tensor, count: int) -> Tensor:
+    """-sum_y targets log softmax(class_logits), both (n, N); `count` is global."""
+    return -(targets * class_logits.log_softmax(1)).sum() / count
+
+
+def aligned(p: Tensor, mean: Tensor) -> Tensor:
+    """Distributions p (n, N) corrected by the ratio of the uniform marginal to their mean (N,).
+
+    Distribution alignment, for balanced classes (Berthelot et al. 2020, ReMixMatch, sec. 3.1).
+    """
+    ratio = p / mean
+    return ratio / ratio.sum(1, keepdim=True)
+
+
+def sharpened(p: Tensor, temperature: float) -> Tensor:
+    """p^(1/T), normalized (Berthelot et al. 2019, MixMatch, eq. 7)."""
+    return (p.log() / temperature).softmax(1)
+
+
 def _global_mean(features: Tensor) -> Tensor:
     features = _upcast(features)
     sums = torch.cat([features.sum(0), features.new_tensor([len(features)])])

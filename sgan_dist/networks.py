@@ -15,15 +15,20 @@ from sgan_dist.data.loader import SemiSupervisedBatch
 from sgan_dist.distributed import gather_batch
 from sgan_dist.models import build_discriminator, build_generator
 from sgan_dist.models.base import data_dependent_init
+from sgan_dist.noise import Draw, Rows
 
 
 @dataclass(frozen=True)
 class Networks:
-    """What is trained, and the averaged D. `generator` is None in a supervised-only run."""
+    """What is trained, the averaged D, and its mean prediction on unlabeled images, (N,).
+
+    `generator` is None where the config has none.
+    """
 
     discriminator: Player
     generator: Player | None
     average: nn.Module
+    mean_prediction: Tensor
 
     def plain(self) -> dict[str, nn.Module]:
         """The modules by name, without wrappers."""
@@ -38,7 +43,11 @@ class Networks:
 
     def state(self) -> dict[str, Any]:
         """All tensors of a checkpoint."""
-        state = {"discriminator": self.discriminator.state(), "average": self.average.state_dict()}
+        state = {
+            "discriminator": self.discriminator.state(),
+            "average": self.average.state_dict(),
+            "mean_prediction": self.mean_prediction,
+        }
         if self.generator is not None:
             state["generator"] = self.generator.state()
         return state
@@ -46,6 +55,7 @@ class Networks:
     def load(self, state: dict[str, Any]) -> None:
         self.discriminator.load(state["discriminator"])
         self.average.load_state_dict(state["average"])
+        self.mean_prediction.copy_(state["mean_prediction"])
         if self.generator is not None:
             self.generator.load(state["generator"])
 
@@ -66,20 +76,29 @@ def build(
         model.discriminator, shape, outputs(config, classes), model.discriminator_args
     )
     generator = None
-    if not config.train.supervised_only:
+    if model.generator is not None:
         network = build_generator(model.generator, shape, model.generator_args)
         generator = backend.prepare(network, optim.generator_lr, optim)
     average = ema.averaged_copy(discriminator)
     player = backend.prepare(discriminator, optim.lr, optim)
     average.to(backend.device, next(discriminator.parameters()).dtype)
-    return Networks(player, generator, average)
+    uniform = torch.full((classes,), 1 / classes, device=backend.device, dtype=backend.dtype)
+    with backend.autocast():
+        player.settle(torch.zeros(2, *shape, device=backend.device, dtype=backend.dtype))
+        if generator is not None:
+            rows = {"example": Rows.of(2, 0, 1)}
+            draw = Draw(config.seed, "settle", 0, rows, backend.device)
+            generator.settle(generator.network.latent(draw).to(backend.dtype))  # type: ignore[operator]
+    return Networks(player, generator, average, uniform)
 
 
 def initialize(networks: Networks, first: SemiSupervisedBatch, backend: Backend) -> None:
     """Data-dependent first values of D, from the whole first global batch, alike on every rank."""
     parts = [first.labeled, first.unlabeled]
     images = torch.cat([gather_batch(to_float(part, backend)) for part in parts if len(part)])
-    data_dependent_init(networks.discriminator.network, images)
+    # In eval mode: batch norm must not take every rank's copy of the images for a part of a batch.
+    data_dependent_init(networks.discriminator.network.eval(), images)
+    networks.discriminator.network.train()
     networks.average.load_state_dict(networks.discriminator.network.state_dict())
 
 

@@ -8,7 +8,7 @@ in the global batch, whatever the world size, and a resumed run draws what the u
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,23 +36,20 @@ class Rows:
 class Draw:
     """A sequence of random tensors for one forward pass over a joined batch.
 
-    The batch is the concatenation of parts (labeled, unlabeled, fake), each with its own rows of a
-    global batch. The n-th call on any rank draws the same global tensor, so every rank must make the
-    same calls in the same order. Values are drawn in fp32, on the device.
+    The batch is the concatenation of named parts (labeled, unlabeled, fake), each with its own rows
+    of a global batch. The n-th call on any rank draws the same global tensor, so every rank must
+    make the same calls in the same order. Values are drawn in fp32, on the device.
     """
 
     def __init__(
-        self, seed: int, purpose: str, step: int, parts: Sequence[Rows], device: torch.device
+        self, seed: int, purpose: str, step: int, parts: Mapping[str, Rows], device: torch.device
     ) -> None:
         self._key = f"{seed}/{purpose}/{step}"
-        self._parts = parts
+        self._parts = list(parts.values())
+        self.sizes = {name: len(part) for name, part in parts.items()}
         self._device = device
         self._calls = 0
         self._generator = torch.Generator(device)
-
-    def __len__(self) -> int:
-        """Rows of the joined local batch."""
-        return sum(len(part) for part in self._parts)
 
     def normal(self, *shape: int) -> Tensor:
         """N(0, 1), fp32 (n, *shape), n the rows of the joined local batch."""

@@ -14,7 +14,7 @@ def check_world(config: Config, world_size: int) -> None:
     (The loader checks the batches that it serves.)
     """
     fakes = config.train.fake_batch
-    if not config.train.supervised_only and fakes % world_size:
+    if config.model.generator is not None and fakes % world_size:
         raise UserError(
             f"train.fake_batch is {fakes}, and {world_size} processes can't share it evenly: make it"
             f" a multiple of {world_size}"
@@ -37,7 +37,7 @@ def describe(config: Config, index: DatasetIndex, backend: Backend) -> str:
             f" order{lanes}; {batch} a step, {batch // world} a rank; an epoch is"
             f" {split.samples / batch:.1f} steps, {epochs:.1f} epochs in all"
         )
-    if not config.train.supervised_only:
+    if config.model.generator is not None:
         fakes = config.train.fake_batch
         lines.append(f"  generated  {fakes} a step, {fakes // world} a rank")
     lines.append(f"  {config.train.steps} steps; run directory {config.directory}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sgan_dist import losses
-from sgan_dist.augment import affine
+from sgan_dist.augment import augment
 from sgan_dist.backend import Backend, Player, frozen
 from sgan_dist.config import Config
 from sgan_dist.data.loader import SemiSupervisedBatch
@@ -16,6 +16,8 @@ from sgan_dist.distributed import all_sum
 from sgan_dist.errors import NonFiniteLoss
 from sgan_dist.networks import Networks, to_float
 from sgan_dist.noise import Draw, Rows
+
+ALIGNMENT_MOMENTUM = 0.01  # of the averaged D's mean prediction
 
 
 def discriminator_step(
@@ -26,35 +28,43 @@ def discriminator_step(
     Raises:
         NonFiniteLoss: on every rank, before the optimizer step.
     """
-    form, step = config.loss.form, batch.step
+    form, weights, step = config.loss.form, config.loss, batch.step
     labels = batch.labels.to(backend.device, non_blocking=True)
     parts = {"labeled": to_float(batch.labeled, backend)}
-    if networks.generator is not None:
+    if len(batch.unlabeled):
         parts["unlabeled"] = to_float(batch.unlabeled, backend)
+    if networks.generator is not None:
         parts["fake"] = _generate(networks.generator, "discriminator", config, backend, step)
-    draw = _draw("discriminator", list(parts.values()), config, backend, step)
+    draw = _draw("discriminator", parts, config, backend, step)
 
     with backend.autocast():
-        images = affine(torch.cat(list(parts.values())), config.augment, draw)
+        images = augment(torch.cat(list(parts.values())), config.augment, draw)
         out = networks.discriminator.wrapped(images, draw)
-    sizes = [len(part) for part in parts.values()]
-    logits = dict(zip(parts, out.logits.split(sizes), strict=True))
-    totals = {name: len(part) * backend.world_size for name, part in parts.items()}
+    logits = dict(zip(parts, out.logits.split(list(draw.sizes.values())), strict=True))
+    totals = {name: size * backend.world_size for name, size in draw.sizes.items()}
 
-    class_logits = losses.class_logits(logits["labeled"], form)
-    shares = {
-        "d/supervised": losses.supervised(logits["labeled"], labels, totals["labeled"]),
-        "d/train_error": (class_logits.argmax(1) != labels).sum() / totals["labeled"],
-    }
-    loss = shares["d/supervised"]
+    terms = {"supervised": (1.0, losses.supervised(logits["labeled"], labels, totals["labeled"]))}
+    wrong = losses.class_logits(logits["labeled"], form).argmax(1) != labels
+    seen = {"d/train_error": wrong.sum() / totals["labeled"]}
     if networks.generator is not None:
         odds = {name: losses.log_odds_real(logits[name], form) for name in ("unlabeled", "fake")}
-        shares["d/unlabeled"] = losses.real(odds["unlabeled"], totals["unlabeled"])
-        shares["d/fake"] = losses.fake(odds["fake"], totals["fake"])
-        shares["d/fakes_detected"] = (odds["fake"] < 0).sum() / totals["fake"]
-        loss = loss + config.loss.unlabeled * shares["d/unlabeled"]
-        loss = loss + config.loss.fake * shares["d/fake"]
-    return _update(networks.discriminator, "d", loss, shares, config.optim.lr, config, step)
+        terms["unlabeled"] = weights.unlabeled, losses.real(odds["unlabeled"], totals["unlabeled"])
+        terms["fake"] = weights.fake, losses.fake(odds["fake"], totals["fake"])
+        seen["d/fakes_detected"] = (odds["fake"] < 0).sum() / totals["fake"]
+    if weights.consistency:
+        targets = _targets(networks, parts["unlabeled"], config, backend, step)
+        guesses = losses.class_logits(logits["unlabeled"], form)
+        loss = losses.soft_cross_entropy(guesses, targets, totals["unlabeled"])
+        ramp = min(1.0, (step + 1) / max(weights.consistency_rampup, 1))
+        terms["consistency"] = ramp * weights.consistency, loss
+    if (step + 1) % config.train.log_every == 0:  # a loss that moves nothing raises an alarm
+        for name, (_, loss) in terms.items():
+            (gradient,) = torch.autograd.grad(loss, out.logits, retain_graph=True)
+            seen[f"d/squared_logit_gradient/{name}"] = gradient.double().square().sum()
+
+    shares = {f"d/{name}": loss for name, (_, loss) in terms.items()} | seen
+    total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
+    return _update(networks.discriminator, "d", total, shares, config.optim.lr, config, step)
 
 
 def generator_step(
@@ -63,19 +73,20 @@ def generator_step(
     """Updates G against the updated, frozen D; returns global means. Raises as D's step does."""
     player, step = networks.generator, batch.step
     assert player is not None
-    fake = _generate(player, "generator", config, backend, step)
+    parts = {"fake": _generate(player, "generator", config, backend, step)}
     matching = config.loss.generator == "feature_matching"
-    parts = [to_float(batch.unlabeled, backend), fake] if matching else [fake]
+    if matching:
+        parts = {"unlabeled": to_float(batch.unlabeled, backend), **parts}
     draw = _draw("generator", parts, config, backend, step)
 
     with frozen(networks.discriminator.network) as discriminator, backend.autocast():
-        out = discriminator(affine(torch.cat(parts), config.augment, draw), draw)
+        out = discriminator(augment(torch.cat(list(parts.values())), config.augment, draw), draw)
     if matching:
-        real_features, fake_features = out.features.split([len(part) for part in parts])
+        real_features, fake_features = out.features.split(list(draw.sizes.values()))
         loss = losses.feature_matching(real_features.detach(), fake_features)
     else:
         odds = losses.log_odds_real(out.logits, config.loss.form)
-        loss = losses.non_saturating(odds, len(fake) * backend.world_size)
+        loss = losses.non_saturating(odds, len(odds) * backend.world_size)
     name = f"g/{config.loss.generator}"
     return _update(player, "g", loss, {name: loss}, config.optim.generator_lr, config, step)
 
@@ -89,9 +100,8 @@ def rate(step: int, config: Config) -> float:
 def _generate(player: Player, phase: str, config: Config, backend: Backend, step: int) -> Tensor:
     """This rank's part of the global batch of fakes; with gradient in G's own step alone."""
     rows = Rows.of(config.train.fake_batch, backend.rank, backend.world_size)
-    draw = Draw(config.seed, f"{phase}/latent", step, [rows], backend.device)
-    z = player.network.latent(draw)  # type: ignore[operator]
-    z = z.to(backend.dtype)
+    draw = Draw(config.seed, f"{phase}/latent", step, {"fake": rows}, backend.device)
+    z = player.network.latent(draw).to(backend.dtype)  # type: ignore[operator]
     with backend.autocast():
         if phase == "generator":
             return player.wrapped(z)  # type: ignore[no-any-return]
@@ -99,10 +109,27 @@ def _generate(player: Player, phase: str, config: Config, backend: Backend, step
             return player.network(z).to(z.dtype)  # type: ignore[no-any-return]
 
 
-def _draw(phase: str, parts: list[Tensor], config: Config, backend: Backend, step: int) -> Draw:
-    rows = [
-        Rows.of(len(part) * backend.world_size, backend.rank, backend.world_size) for part in parts
-    ]
+@torch.no_grad()
+def _targets(
+    networks: Networks, unlabeled: Tensor, config: Config, backend: Backend, step: int
+) -> Tensor:
+    """The averaged D's class probabilities of unlabeled images, aligned and sharpened, (n, N)."""
+    draw = _draw("teacher", {"unlabeled": unlabeled}, config, backend, step)
+    with backend.autocast():
+        logits = networks.average(augment(unlabeled, config.teacher_augment, draw)).logits
+    p = losses.class_logits(logits, config.loss.form).softmax(1)
+    mean = all_sum(p.sum(0)) / (len(p) * backend.world_size)
+    networks.mean_prediction.lerp_(mean.to(backend.dtype), ALIGNMENT_MOMENTUM)
+    return losses.sharpened(losses.aligned(p, networks.mean_prediction), config.loss.temperature)
+
+
+def _draw(
+    phase: str, parts: dict[str, Tensor], config: Config, backend: Backend, step: int
+) -> Draw:
+    rows = {
+        name: Rows.of(len(part) * backend.world_size, backend.rank, backend.world_size)
+        for name, part in parts.items()
+    }
     return Draw(config.seed, phase, step, rows, backend.device)
 
 

@@ -25,10 +25,11 @@ WATCHED = {
     "d/supervised": ("supervised", "6.3f"),
     "d/unlabeled": ("unlabeled", "6.3f"),
     "d/fake": ("fake", "6.3f"),
+    "d/consistency": ("consistency", "6.3f"),
     "g/feature_matching": ("generator", "6.3f"),
     "g/non_saturating": ("generator", "6.3f"),
-    "validation_error": ("validation error", "7.2%"),
-    "validation_error_raw": ("without averaging", "7.2%"),
+    "validation_error": ("validation error", "6.2%"),
+    "validation_error_raw": ("without averaging", "6.2%"),
     "time/images_per_s": ("images/s", "6.0f"),
     "time/data_wait": ("data wait", "5.1%"),
 }
@@ -55,8 +56,10 @@ class Tracker:
             self._file = open(run / "metrics.jsonl", "a", buffering=1)
             self._wandb = _start_wandb(run, config) if config.tracking.wandb else None
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
         """One line; `time/` fields are the only ones that differ between equal runs."""
+        if not metrics:
+            return
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._to_wandb(lambda run: run.log(metrics, step=step))
@@ -87,19 +90,20 @@ class Tracker:
 
 
 class Meters:
-    """Means of the steps' metrics since the last line; part of a checkpoint."""
+    """Means of the steps' metrics since the last line; name -> [total, count] in a checkpoint."""
 
-    def __init__(self, state: dict[str, float] | None = None) -> None:
-        self.state: dict[str, float] = dict(state or {})
+    def __init__(self, state: dict[str, list[float]]) -> None:
+        self.state = {name: list(pair) for name, pair in state.items()}
 
     def add(self, metrics: dict[str, float]) -> None:
-        for name, value in {"steps": 1.0, **metrics}.items():
-            self.state[name] = self.state.get(name, 0.0) + value
+        for name, value in metrics.items():
+            pair = self.state.setdefault(name, [0.0, 0.0])
+            pair[0] += value
+            pair[1] += 1
 
     def take(self) -> dict[str, float]:
         """The means; starts again from nothing."""
-        steps = self.state.pop("steps")
-        means = {name: total / steps for name, total in self.state.items()}
+        means = {name: total / count for name, (total, count) in self.state.items()}
         self.state.clear()
         return means
 
@@ -120,7 +124,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update()
 
-    def show(self, step: int, line: dict[str, float]) -> None:
+    def show(self, step: int, line: dict[str, Any]) -> None:
         """The figures of a metrics line that a person watches."""
         if not self._active:
             return

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sgan_dist import checkpoint, preemption, rundir
+from sgan_dist import alarms, checkpoint, preemption, rundir
 from sgan_dist.backend import Backend
 from sgan_dist.config import Config, meaning, parse, supervised
 from sgan_dist.data.index import DatasetIndex, load_index
@@ -115,12 +115,18 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
     batch_images = config.data.labeled_batch + config.data.unlabeled_batch
     began, busy, waited, saved = time.monotonic(), 0.0, 0.0, step
 
-    def report(line: dict[str, float]) -> None:
+    def report(line: dict[str, Any]) -> None:
+        found = alarms.check(line, train.log_every, restored["alarms"])
+        if found:
+            line["alarm"] = "; ".join(found)
         tracker.log(step, line)
         progress.show(step, line)
+        if zero and found:
+            say(f"ALARM at step {step}: {line['alarm']}")
 
     def save() -> None:
-        state = networks.state() | {"meters": meters.state, "seconds": seconds()}
+        extra = {"meters": meters.state, "alarms": restored["alarms"], "seconds": seconds()}
+        state = networks.state() | extra
         about = _about(config, index) | {"environment": rundir.environment(backend)}
         on_rank_zero(lambda: checkpoint.save(run, step, state, about, config.checkpoint.keep))
 
@@ -157,7 +163,7 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
         if train.evaluate_every and step % train.evaluate_every == 0:
             report(_errors(networks, config, index, "validation", backend))
         if train.sample_every and step % train.sample_every == 0:
-            _sample(networks, step, config, backend, tracker)
+            report(_sample(networks, step, config, backend, tracker))
         if step % config.checkpoint.every == 0:
             save()
             saved = step
@@ -229,13 +235,13 @@ def _refuse_other_run(config: Config, index: DatasetIndex) -> None:
 def _restore(
     networks: Networks, config: Config, index: DatasetIndex, backend: Backend
 ) -> dict[str, Any]:
-    """Loads the newest whole checkpoint, chosen by rank 0; returns step, meters and seconds."""
+    """Loads the newest whole checkpoint, chosen by rank 0; returns what is kept beside networks."""
     path, passed_over = on_rank_zero(lambda: checkpoint.latest(config.directory))
     if backend.rank == 0:
         for line in passed_over:
             say(line)
     if path is None:
-        return {"step": 0, "meters": {}, "seconds": 0.0}
+        return {"step": 0, "meters": {}, "alarms": {}, "seconds": 0.0}
     state = together(lambda: checkpoint.read_state(path))
     networks.load(state)
     meta = on_rank_zero(lambda: checkpoint.read_meta(path))
@@ -245,7 +251,8 @@ def _restore(
             if meta["environment"][name] != now:
                 before = meta["environment"][name]
                 say(f"{name} was {before} and is now {now}: last bits may differ")
-    return {"step": meta["step"], "meters": state["meters"], "seconds": state["seconds"]}
+    kept = {name: state[name] for name in ("meters", "alarms", "seconds")}
+    return {"step": meta["step"], **kept}
 
 
 def _errors(
@@ -263,18 +270,19 @@ def _errors(
 @torch.no_grad()
 def _sample(
     networks: Networks, step: int, config: Config, backend: Backend, tracker: Tracker
-) -> None:
-    """A grid of images from the same noise each time, on rank 0."""
+) -> dict[str, float]:
+    """A grid of images from the same noise each time, and how much they differ, on rank 0."""
     if networks.generator is None or backend.rank != 0:
-        return
+        return {}
     generator = networks.generator.network
-    draw = Draw(config.seed, "grid", 0, [Rows.of(GRID, 0, 1)], backend.device)
+    draw = Draw(config.seed, "grid", 0, {"grid": Rows.of(GRID, 0, 1)}, backend.device)
     generator.eval()
     images = generator(generator.latent(draw).to(backend.dtype))  # type: ignore[operator]
     generator.train()
     path = config.directory / "samples" / f"step-{step:08d}.png"
     save_grid(images, path)
     tracker.image(step, "samples", path)
+    return {"g/sample_spread": float(images.float().std(0).mean())}
 
 
 def _give_up(reason: str, run: Path | None) -> int:

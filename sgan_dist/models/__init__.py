@@ -8,10 +8,20 @@ from typing import Any
 from torch import nn
 
 from sgan_dist.errors import UserError
+from sgan_dist.models.book import BookDiscriminator, BookGenerator
 from sgan_dist.models.dcgan import DCGANDiscriminator, DCGANGenerator
+from sgan_dist.models.mlp import MLPDiscriminator, MLPGenerator
 
-DISCRIMINATORS: dict[str, type[nn.Module]] = {"dcgan": DCGANDiscriminator}
-GENERATORS: dict[str, type[nn.Module]] = {"dcgan": DCGANGenerator}
+DISCRIMINATORS: dict[str, type[nn.Module]] = {
+    "book": BookDiscriminator,
+    "dcgan": DCGANDiscriminator,
+    "mlp": MLPDiscriminator,
+}
+GENERATORS: dict[str, type[nn.Module]] = {
+    "book": BookGenerator,
+    "dcgan": DCGANGenerator,
+    "mlp": MLPGenerator,
+}
 
 
 def build_discriminator(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from sgan_dist.errors import UserError
 from sgan_dist.noise import Draw
 
 
@@ -58,6 +59,15 @@ def dropout(x: Tensor, rate: float, draw: Draw | None) -> Tensor:
         return x
     keep = draw.uniform(*x.shape[1:]) >= rate
     return x * keep.to(x.dtype) / (1 - rate)
+
+
+def check_divisible(name: str, height: int, width: int) -> None:
+    """Raises UserError where a generator that doubles its maps twice can't make images of a size."""
+    if height % 4 or width % 4:
+        raise UserError(
+            f"model {name} generates images whose sides are divisible by 4, and these are"
+            f" {height}x{width}: resize them, or name your own model.generator"
+        )
 
 
 def normed(layer: nn.Module) -> nn.Module:

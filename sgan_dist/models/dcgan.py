@@ -6,8 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgan_dist.distributed import GlobalBatchNorm
-from sgan_dist.errors import UserError
-from sgan_dist.models.base import DiscriminatorOutput, dropout, gaussian_noise, normed
+from sgan_dist.models.base import (
+    DiscriminatorOutput,
+    check_divisible,
+    dropout,
+    gaussian_noise,
+    normed,
+)
 from sgan_dist.noise import Draw
 
 
@@ -54,11 +59,7 @@ class DCGANGenerator(nn.Module):
     ) -> None:
         super().__init__()
         channels, height, width_px = image_shape
-        if height % 4 or width_px % 4:
-            raise UserError(
-                f"model dcgan generates images whose sides are divisible by 4, and these are"
-                f" {height}x{width_px}: resize them, or name your own model.generator"
-            )
+        check_divisible("dcgan", height, width_px)
         self.latent_size = latent_size
         self.start = (2 * width, height // 4, width_px // 4)
         self.dense = nn.Linear(latent_size, 2 * width * height * width_px // 16, bias=False)

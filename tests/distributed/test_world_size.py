@@ -21,6 +21,30 @@ EXACT = (
 )
 
 
+CONSISTENCY = (
+    "--loss.consistency=1",
+    "--loss.consistency_rampup=10",
+    "--teacher_augment.translate=1",
+    "--augment.elastic=1",
+)
+BOOK = (
+    "--model.discriminator=book",
+    "--model.generator=book",
+    "--model.discriminator_args={}",
+    "--model.generator_args={}",
+    "--loss.generator=non_saturating",
+    "--optim.lr=1e-3",
+    "--optim.generator_lr=1e-3",
+    "--train.steps=8",
+)
+MLP = (
+    "--model.discriminator=mlp",
+    "--model.generator=mlp",
+    '--model.discriminator_args={"sizes": [40, 20]}',
+    '--model.generator_args={"width": 20}',
+)
+
+
 def parameters(run: Path) -> dict[str, Tensor]:
     """All tensors of the last checkpoint's networks."""
     path, _ = checkpoint.latest(run)
@@ -62,7 +86,9 @@ def train_with_naive_matching(rank: int, config: Config) -> int:
             "digits",
             ("--loss.generator=non_saturating", "--loss.form=explicit", "--optim.clip_norm=1"),
         ),
-        ("windowed", ("--loss.generator=feature_matching",)),
+        ("windowed", ("--loss.generator=feature_matching", *CONSISTENCY)),
+        ("digits", BOOK),
+        ("digits", MLP),
     ],
 )
 def test_ranks_train_as_one(

@@ -97,7 +97,9 @@ def test_a_finished_run_has_everything(straight: Path) -> None:
         "step-00000100.png",
         "step-00000150.png",
     }
-    assert [line["step"] for line in metrics(straight)] == list(range(10, 151, 10))
+    assert [line["step"] for line in metrics(straight) if "d/fake" in line] == list(
+        range(10, 151, 10)
+    )
     _, about = load_classifier(straight / "classifier.safetensors")
     assert about["class_names"] == [str(n) for n in range(10)]
 

@@ -54,7 +54,8 @@ def test_an_outage_does_not_stop_training(
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(10, 151, 10))
+    found = [json.loads(line) for line in lines]
+    assert [line["step"] for line in found if "d/fake" in line] == list(range(10, 151, 10))
 
 
 @pytest.mark.slow

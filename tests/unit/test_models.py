@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sgan_dist import ema
-from sgan_dist.augment import affine
+from sgan_dist.augment import augment
 from sgan_dist.config import AugmentConfig, EmaConfig
 from sgan_dist.distributed import GlobalBatchNorm
 from sgan_dist.errors import UserError
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def a_draw(n: int) -> Draw:
-    return Draw(0, "test", 0, [Rows.of(n, 0, 1)], CPU)
+    return Draw(0, "test", 0, {"all": Rows.of(n, 0, 1)}, CPU)
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
@@ -111,13 +111,13 @@ def test_ema_follows_closely_at_first() -> None:
 
 def test_no_augmentation_returns_the_images_themselves() -> None:
     images = torch.rand(4, 1, 28, 28)
-    assert affine(images, AugmentConfig(), a_draw(4)) is images
+    assert augment(images, AugmentConfig(), a_draw(4)) is images
 
 
 def test_translation_moves_whole_pixels_at_most() -> None:
     images = torch.full((400, 1, 28, 28), -1.0)
     images[:, :, 14, 14] = 1
-    moved = affine(images, AugmentConfig(translate=2), a_draw(400)).add(1).squeeze(1)
+    moved = augment(images, AugmentConfig(translate=2), a_draw(400)).add(1).squeeze(1)
     rows = (moved.sum(2) * torch.arange(28)).sum(1) / moved.sum((1, 2))
     assert 11.9 <= rows.min() < 12.2 and 15.8 < rows.max() <= 16.1
     assert torch.allclose(moved.sum((1, 2)), torch.full((400,), 2.0), atol=1e-4)
@@ -126,14 +126,14 @@ def test_translation_moves_whole_pixels_at_most() -> None:
 def test_augmentation_is_differentiable() -> None:
     images = torch.rand(4, 1, 28, 28, requires_grad=True)
     config = AugmentConfig(rotation=10, scale=0.1, shear=0.1, translate=2)
-    affine(images, config, a_draw(4)).sum().backward()
+    augment(images, config, a_draw(4)).sum().backward()
     assert images.grad is not None and images.grad.abs().sum() > 0
 
 
 def test_rotation_turns_by_at_most_the_angle() -> None:
     images = torch.full((300, 1, 28, 28), -1.0)
     images[:, :, 13:15, 24] = 1  # on the horizontal axis, 10.5 px right of the centre
-    turned = affine(images, AugmentConfig(rotation=20), a_draw(300)).add(1).squeeze(1)
+    turned = augment(images, AugmentConfig(rotation=20), a_draw(300)).add(1).squeeze(1)
     mass = turned.sum((1, 2))
     y = (turned.sum(2) * (torch.arange(28) - 13.5)).sum(1) / mass
     x = (turned.sum(1) * (torch.arange(28) - 13.5)).sum(1) / mass
@@ -159,7 +159,7 @@ def test_a_users_own_model_is_found_by_name(
 @pytest.mark.parametrize(
     ("name", "args", "says"),
     [
-        ("dcgann", {}, "take one of dcgan"),
+        ("dcgann", {}, "take one of book, dcgan, mlp"),
         ("no_such_module:D", {}, "can't be imported"),
         ("sgan_dist.models.dcgan:Nothing", {}, "can't be imported"),
         ("dcgan", {"wdith": 3}, "do not fit DCGANDiscriminator"),

@@ -11,9 +11,9 @@ CPU = torch.device("cpu")
 
 def draw(rank: int, world_size: int, step: int = 3, purpose: str = "test") -> list[torch.Tensor]:
     """Three calls over a batch of 12 and one of 24, part by part."""
-    parts = [Rows.of(12, rank, world_size), Rows.of(24, rank, world_size)]
+    parts = {"a": Rows.of(12, rank, world_size), "b": Rows.of(24, rank, world_size)}
     source = Draw(5, purpose, step, parts, CPU)
-    sizes = [len(part) for part in parts]
+    sizes = list(source.sizes.values())
     calls = [source.normal(7), source.uniform(2, 3), source.normal(7)]
     return [piece for call in calls for piece in call.split(sizes)]
 
@@ -39,7 +39,7 @@ def test_the_same_step_draws_the_same_again() -> None:
 
 
 def test_the_laws_are_right() -> None:
-    source = Draw(0, "law", 0, [Rows.of(20_000, 0, 1)], CPU)
+    source = Draw(0, "law", 0, {"all": Rows.of(20_000, 0, 1)}, CPU)
     normal, uniform = source.normal(5), source.uniform(5)
     assert abs(normal.mean()) < 0.02 and abs(normal.std() - 1) < 0.02
     assert uniform.min() >= 0 and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.01

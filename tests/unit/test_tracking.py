@@ -44,13 +44,13 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 def test_meters_go_on_from_a_checkpoint() -> None:
-    straight, first = Meters(), Meters()
+    straight, first = Meters({}), Meters({})
     for meters in (straight, first):
         meters.add({"loss": 1.0})
     second = Meters(json.loads(json.dumps(first.state)))
     for meters in (straight, second):
-        meters.add({"loss": 4.0})
-    assert straight.take() == second.take() == {"loss": 2.5}
+        meters.add({"loss": 4.0, "now_and_then": 7.0})
+    assert straight.take() == second.take() == {"loss": 2.5, "now_and_then": 7.0}
     assert straight.state == {}
 
 

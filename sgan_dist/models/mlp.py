@@ -1,0 +1,66 @@
+"""The fully connected networks of Improved GAN for MNIST (Salimans et al. 2016, and its code)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sgan_dist.distributed import GlobalBatchNorm
+from sgan_dist.models.base import DiscriminatorOutput, gaussian_noise, normed
+from sgan_dist.noise import Draw
+
+
+class MLPDiscriminator(nn.Module):
+    """1000-500-250-250-250 ReLU with weight norm; Gaussian noise on the input and after each layer.
+
+    Noise is in units of pixels in [0, 1]. The scale of the weights is trained in the last layer only.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        outputs: int,
+        sizes: tuple[int, ...] = (1000, 500, 250, 250, 250),
+        input_noise: float = 0.3,
+        noise: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.input_noise, self.noise = input_noise, noise
+        inputs = (math.prod(image_shape), *sizes)
+        self.layers = nn.ModuleList(normed(nn.Linear(a, b)) for a, b in itertools.pairwise(inputs))
+        for layer in self.layers:
+            layer.get_parameter("parametrizations.weight.original0").requires_grad_(False)
+        self.head = normed(nn.Linear(inputs[-1], outputs))
+
+    def forward(self, images: Tensor, draw: Draw | None = None) -> DiscriminatorOutput:
+        features = (images.flatten(1) + 1) / 2
+        for number, layer in enumerate(self.layers):
+            noisy = gaussian_noise(features, self.noise if number else self.input_noise, draw)
+            features = F.relu(layer(noisy))
+        return DiscriminatorOutput(self.head(gaussian_noise(features, self.noise, draw)), features)
+
+
+class MLPGenerator(nn.Module):
+    """Latent U(0, 1)^100 -> two layers of 500 softplus units with batch norm -> sigmoid pixels."""
+
+    def __init__(
+        self, image_shape: tuple[int, int, int], latent_size: int = 100, width: int = 500
+    ) -> None:
+        super().__init__()
+        self.image_shape, self.latent_size = image_shape, latent_size
+        self.dense1 = nn.Linear(latent_size, width, bias=False)
+        self.norm1 = GlobalBatchNorm(width)
+        self.dense2 = nn.Linear(width, width, bias=False)
+        self.norm2 = GlobalBatchNorm(width)
+        self.pixels = nn.Linear(width, math.prod(image_shape))
+
+    def latent(self, draw: Draw) -> Tensor:
+        return draw.uniform(self.latent_size)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = F.softplus(self.norm1(self.dense1(z)))
+        x = F.softplus(self.norm2(self.dense2(x)))
+        return (2 * F.sigmoid(self.pixels(x)) - 1).view(-1, *self.image_shape)

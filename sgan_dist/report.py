@@ -1,0 +1,406 @@
+"""report.html: a run on one self-contained page, while it runs or when it is done."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+
+from sgan_dist import charts, checkpoint, losses
+from sgan_dist.charts import Series, note, percent, picture, section, span, table
+from sgan_dist.config import Config, load
+from sgan_dist.data.index import DatasetIndex, load_index
+from sgan_dist.data.stream import read_split
+from sgan_dist.errors import UserError
+from sgan_dist.evaluate import BINS, Evaluation
+from sgan_dist.export import load_classifier
+from sgan_dist.models import build_discriminator
+from sgan_dist.networks import outputs
+
+BATCH = 500
+MISTAKES = 24
+GRIDS = 6
+MATRIX_CLASSES = 25  # with more classes the most frequent confusions are listed instead
+ROWS = 30
+
+RATES = {"d/fakes_detected": "fakes detected", "d/train_error": "error on labeled batches"}
+ERRORS = {"validation_error": "averaged D", "validation_error_raw": "without averaging"}
+PLAYERS = {"d": "Discriminator's", "g": "Generator's"}
+NORMS = {"d/gradient_norm": "discriminator", "g/gradient_norm": "generator"}
+
+
+Pairs = list[tuple[str, str]]  # name and value, HTML
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An image (H, W, C) of class `label` that was taken for `guess`."""
+
+    confidence: float
+    label: int
+    guess: int
+    image: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one pass over a split found."""
+
+    evaluation: Evaluation
+    bins: list[tuple[int, float, float]]
+    """images, mean confidence and accuracy of each equal bin of confidence"""
+    mistakes: list[Mistake]
+    """the most confident ones, most confident first"""
+
+
+def make_report(run: Path, root: str | None = None) -> Path:
+    """Writes RUN/report.html whole or not at all, and returns its path.
+
+    A run that is done is shown with its test split; any other with the validation split, as the
+    newest checkpoint classifies it. Where the run's dataset can't be read, that part is left out.
+
+    Raises:
+        UserError: `run` is not a run directory, or can't be written, or `root` is not its dataset.
+    """
+    config = load(run / "config.yaml")
+    summary = json.loads((run / "summary.json").read_text()) if (run / "DONE").exists() else {}
+    lines = _metrics(run)
+    step = max(line["step"] for line in [summary or {"step": 0}, *lines])
+    try:
+        judged, figures = _judge(run, config, root or config.data.root, summary)
+    except UserError as error:
+        if root is not None:
+            raise
+        judged, figures = _not_judged(str(error)), []
+    body = [
+        _header(run, config, summary, step, figures),
+        section("Alarms", _alarms(lines)),
+        section("Curves", _curves(run, lines, step)),
+        section("Samples over time", _samples(run, config)),
+        judged,
+        section("Figures", _figures(summary)),
+        section("Config", _config(run)),
+    ]
+    made = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    page = charts.page(config.name, "".join(body), made)
+    path, partial = run / "report.html", run / f".report-{os.getpid()}.partial"
+    try:
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}") from error
+    return path
+
+
+@torch.no_grad()
+def examine(
+    network: nn.Module, index: DatasetIndex, root: str, split: str, form: losses.Form
+) -> Findings:
+    """Classifies a labeled split in this process alone, and keeps what a person wants to look at."""
+    classes = len(index.class_names)
+    confusion = np.zeros((classes, classes), np.int64)
+    bins = np.zeros((BINS, 3))  # count, confidence, correct
+    nll = 0.0
+    mistakes: list[Mistake] = []
+    weight = next(network.parameters())
+    network.eval()
+    for images, labels, _ in read_split(root, index, split, 0, 1, BATCH):
+        assert labels is not None
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).to(weight).div(127.5).sub(1)
+        logits = losses.class_logits(network(x).logits, form)
+        log_p = logits.log_softmax(1).double().cpu().numpy()
+        guesses = log_p.argmax(1)
+        confidence = np.exp(log_p.max(1))
+        nll -= float(log_p[np.arange(len(labels)), labels].sum())
+        np.add.at(confusion, (labels, guesses), 1)
+        place = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+        np.add.at(bins, place, np.stack([np.ones(len(x)), confidence, guesses == labels], 1))
+        wrong = np.flatnonzero(guesses != labels)
+        for i in wrong[np.argsort(-confidence[wrong])[:MISTAKES]]:
+            pixels = images[i].copy()  # a view would hold the whole batch
+            mistakes.append(Mistake(confidence[i].item(), int(labels[i]), int(guesses[i]), pixels))
+        mistakes = sorted(mistakes, key=lambda m: -m.confidence)[:MISTAKES]
+    count = int(confusion.sum())
+    gap = float(np.abs(bins[:, 1] - bins[:, 2]).sum())
+    error = 1 - float(confusion.trace()) / count
+    evaluation = Evaluation(error, nll / count, gap / count, confusion.tolist(), count)
+    means = [(int(n), sure / max(n, 1), right / max(n, 1)) for n, sure, right in bins.tolist()]
+    return Findings(evaluation, means, mistakes)
+
+
+def _judge(run: Path, config: Config, root: str, summary: dict[str, Any]) -> tuple[str, Pairs]:
+    """The sections on how good the classifier is, and the header's figures."""
+    if summary:
+        split, step, trained_on = "test", summary["step"], summary["data_fingerprint"]
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        network, _ = load_classifier(run / "classifier.safetensors")
+        index = load_index(root)
+    else:
+        # on the CPU: a report must not take the device's memory from the run
+        split, device = "validation", torch.device("cpu")
+        path, damaged = checkpoint.latest(run)
+        if path is None:
+            return _not_judged("; ".join(["there is no checkpoint yet", *damaged])), []
+        index = load_index(root)
+        network, meta = _averaged(path, config, index)
+        step, trained_on = meta["step"], meta["meaning"]["data_fingerprint"]
+    if index.fingerprint != trained_on:
+        raise UserError(
+            f"{root} is not the dataset that {run} was trained on: name that with --data"
+        )
+    found = examine(network.to(device), index, root, split, config.loss.form)
+    whose = f"the {split} split, {found.evaluation.images:,} images, after step {step:,}"
+    names = index.class_names
+    parts = [
+        section("Confusion", _confusion(found.evaluation, names), whose),
+        section("Most confident mistakes", _mistakes(found.mistakes, names), whose),
+        section("Calibration", _calibration(found), whose),
+    ]
+    figures = [("calibration error", percent(found.evaluation.calibration_error))]
+    if not summary:
+        figures.insert(0, (f"validation error, step {step:,}", percent(found.evaluation.error)))
+    return "".join(parts), figures
+
+
+def _not_judged(why: str) -> str:
+    return section("Confusion, mistakes and calibration", note(f"Not evaluated: {why}."))
+
+
+def _averaged(path: Path, config: Config, index: DatasetIndex) -> tuple[nn.Module, dict[str, Any]]:
+    """The averaged D of a checkpoint, and the checkpoint's meta."""
+    try:
+        meta, state = checkpoint.read_meta(path), checkpoint.read_state(path)["average"]
+    except FileNotFoundError as error:
+        raise UserError(f"{path.name} was replaced while it was read: report once more") from error
+    height, width, channels = index.image_shape
+    network = build_discriminator(
+        config.model.discriminator,
+        (channels, height, width),
+        outputs(config, len(index.class_names)),
+        config.model.discriminator_args,
+    )
+    network.to(next(iter(state.values())).dtype).load_state_dict(state)
+    return network, meta
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, but for one that is being written."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _series(lines: list[dict[str, Any]], names: dict[str, str], scale: float = 1) -> list[Series]:
+    """Metric `key` as a line called `names[key]`, where there is any of it."""
+    found = []
+    for key, name in names.items():
+        points = [(line["step"], scale * line[key]) for line in lines if key in line]
+        points = [point for point in points if math.isfinite(point[1])]
+        if points:
+            found.append(Series(name, points))
+    return found
+
+
+def _header(run: Path, config: Config, summary: dict[str, Any], step: int, figures: Pairs) -> str:
+    """Name, state and the headline figures."""
+    state, reason = _state(run, done=bool(summary))
+    names = {"test_error": "test error", "supervised_test_error": "test error, supervised only"}
+    shown = [(name, percent(summary[key])) for key, name in names.items() if key in summary]
+    shown += [*figures, ("steps", f"{step:,} <small>of {config.train.steps:,}</small>")]
+    if summary:
+        shown.append(("time", span(summary["wall_seconds"])))
+    tiles = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown)
+    return (
+        f'<header><h1>{escape(config.name)} <span class="state {state}">{state}</span></h1>\n'
+        f'<p class="path">{escape(str(run.absolute()))}</p>'
+        f"{note(reason) if reason else ''}<dl>{tiles}</dl></header>\n"
+    )
+
+
+def _state(run: Path, done: bool) -> tuple[str, str]:
+    """In a word, and what there is to say about it."""
+    if done:
+        return "done", ""
+    logs = [run / "metrics.jsonl", run / "supervised" / "metrics.jsonl"]
+    written = max((path.stat().st_mtime for path in logs if path.exists()), default=0.0)
+    failed = run / "FAILED"
+    # a run that writes on has not failed: FAILED is of a second start that was refused
+    if failed.exists() and failed.stat().st_mtime >= written:
+        return "failed", failed.read_text().strip()
+    if not written:
+        return "unfinished", "It has not logged anything yet."
+    age = span(time.time() - written)
+    return "unfinished", f"Running or stopped: its last figures were {age} old."
+
+
+def _alarms(lines: list[dict[str, Any]]) -> str:
+    """What the run itself found suspicious: metrics `alarm` or `alarm/...` hold a sentence."""
+    found = [
+        (line["step"], value)
+        for line in lines
+        for key, value in line.items()
+        if key.split("/")[0] == "alarm"
+    ]
+    if not found:
+        return note("No alarms.")
+    rows = [[f"{step:,}", escape(str(said))] for step, said in found[-ROWS:]]
+    more = note(f"The last {ROWS} of {len(found)}.") if len(found) > ROWS else ""
+    return table(["step", "alarm"], rows) + more
+
+
+def _curves(run: Path, lines: list[dict[str, Any]], step: int) -> str:
+    """One chart for each kind of metric that there is."""
+    losses_of = {f"{who} losses": dict[str, str]() for who in PLAYERS.values()}
+    for key in dict.fromkeys(key for line in lines for key in line):
+        *path, name = key.replace("_", " ").split("/")
+        if path and path[0] in PLAYERS and key not in RATES and key not in NORMS:
+            title = f"{PLAYERS[path[0]]} {'/'.join(path[1:]) or 'losses'}"
+            losses_of.setdefault(title, {})[key] = name
+    errors = _series(lines, ERRORS, 100)
+    errors += _series(_metrics(run / "supervised"), {"validation_error": "supervised only"}, 100)
+    drawn = [
+        *((title, _series(lines, names), "", True) for title, names in losses_of.items()),
+        ("Validation error", errors, "%", True),
+        ("Rates", _series(lines, RATES, 100), "%", False),
+        ("Gradient norms", _series(lines, NORMS), "", True),
+        ("Images a second", _series(lines, {"time/images_per_s": "images/s"}), "", False),
+    ]
+    last = max((point[0] for line in errors for point in line.points), default=0)
+    figures = [
+        charts.line_chart(title, series, max(step, last), unit, log)
+        for title, series, unit, log in drawn
+        if series
+    ]
+    absent = [title.lower() for title, series, _, _ in drawn if not series]
+    left_out = note(f"Nothing logged for: {', '.join(absent)}.") if absent else ""
+    return f'<div class="charts">{"".join(figures)}</div>{left_out}'
+
+
+def _samples(run: Path, config: Config) -> str:
+    """Up to GRIDS grids of generated images, evenly chosen, the first and the last among them."""
+    if config.train.supervised_only:
+        return note("A supervised-only run has no generator.")
+    paths = sorted((run / "samples").glob("step-*.png"))
+    if not paths:
+        return note("No samples yet.")
+    chosen = np.unique(np.linspace(0, len(paths) - 1, GRIDS).round().astype(int))
+    figures = []
+    for path in (paths[i] for i in chosen):
+        caption = f"step {int(path.stem.removeprefix('step-')):,}"
+        try:
+            with Image.open(path) as image:
+                figures.append(picture(image, caption))
+        except OSError:  # being written
+            figures.append(note(f"{path.name} can't be read."))
+    return f'<div class="grids">{"".join(figures)}</div>'
+
+
+def _confusion(found: Evaluation, names: Sequence[str]) -> str:
+    """The matrix, shaded by count; of many classes the most frequent confusions alone."""
+    missed = found.per_class_error()
+    errors = sum(map(sum, found.confusion)) - sum(row[i] for i, row in enumerate(found.confusion))
+    said = note(f"Error {percent(found.error)}: {errors:,} of {found.images:,}.")
+    pairs = [
+        (count, i, j)
+        for i, row in enumerate(found.confusion)
+        for j, count in enumerate(row)
+        if i != j and count
+    ]
+    if len(names) > MATRIX_CLASSES:
+        rows = [
+            [escape(names[i]), escape(names[j]), f"{count:,}", percent(missed[i])]
+            for count, i, j in sorted(pairs, key=lambda pair: -pair[0])[:ROWS]
+        ]
+        return said + table(["class", "taken for", "images", "error of the class"], rows)
+    most = max((count for count, _, _ in pairs), default=1)
+    lines = []
+    for i, row in enumerate(found.confusion):
+        cells = []
+        for j, count in enumerate(row):
+            share = count / max(sum(row), 1) if i == j else count / most
+            kind = "hit" if i == j else "miss"
+            shade = f' class="{kind}" style="--a:{share:.2f}"' if count else ' class="none"'
+            cells.append(f"<td{shade}>{count or '·'}</td>")
+        lines.append(
+            f'<tr><th scope="row">{escape(names[i])}</th>{"".join(cells)}'
+            f'<td class="total">{percent(missed[i], 1)}</td></tr>\n'
+        )
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    return (
+        f'{said}<div class="scroll"><table class="matrix"><thead><tr><th>class \\ taken for</th>'
+        f'{head}<th scope="col">error</th></tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )
+
+
+def _mistakes(mistakes: list[Mistake], names: Sequence[str]) -> str:
+    if not mistakes:
+        return note("No mistakes.")
+    figures = []
+    for mistake in mistakes:
+        pixels = mistake.image
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+        image.thumbnail((96, 96))
+        who = f"{names[mistake.label]} taken for {names[mistake.guess]}"
+        figures.append(picture(image, f"{who}, {percent(mistake.confidence, 1)}"))
+    return f'<div class="mistakes">{"".join(figures)}</div>'
+
+
+def _calibration(found: Findings) -> str:
+    said = note(
+        f"Expected calibration error {percent(found.evaluation.calibration_error)} over {BINS} bins;"
+        f" negative log-likelihood {found.evaluation.nll:.4f} nats."
+    )
+    diagram = charts.reliability(found.bins)
+    return f'{said}<div class="charts">{diagram}{charts.histogram([n for n, _, _ in found.bins])}</div>'
+
+
+def _figures(summary: dict[str, Any]) -> str:
+    if not summary:
+        return note("The summary is written when the run is done.")
+    rows = []
+    for key, value in summary.items():
+        parts = value if isinstance(value, dict) else {"": value}
+        rows += [[escape(f"{key} {name}"), _value(key, part)] for name, part in parts.items()]
+    return table([], rows)
+
+
+def _config(run: Path) -> str:
+    text = (run / "config.yaml").read_text()
+    return f"<details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>"
+
+
+def _value(name: str, value: Any) -> str:
+    """A figure as a person reads it."""
+    if "error" in name:
+        return percent(value)
+    if name.endswith("_seconds"):
+        return span(value)
+    return f"{value:,}" if name == "images_seen" else escape(str(value))
+
+
+def main(argv: Sequence[str]) -> int:
+    """launch/report.py: writes RUN_DIR/report.html, of a running run too; 2 for a user's error."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--data", help="the prepared dataset; by default the run's own")
+    args = parser.parse_args(argv)
+    try:
+        print(make_report(args.run_dir, args.data))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,68 @@
+"""The sanity alarms: each raised by what it is for, and by nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sgan_dist import alarms, losses
+from sgan_dist.config import Config
+from sgan_dist.trainer import fit
+from tests.conftest import small_config
+from tests.ranks import run_ranks
+
+
+def train(rank: int, config: Config) -> int:
+    return fit(config)
+
+
+def train_with_the_tutorials_bracket(rank: int, config: Config) -> int:
+    """The tutorial writes p(real) as 1 - (1 / Z + 1), which is -1 / Z, where Z / (Z + 1) is meant."""
+
+    def log_clipped(log_odds: Tensor) -> Tensor:
+        p = 1 - (1 / log_odds.exp() + 1)
+        return p.clamp(1e-7, 1 - 1e-7).log()
+
+    losses.real = lambda log_odds, count: -log_clipped(log_odds).sum() / count
+    return fit(config)
+
+
+def lines(run: Path) -> list[dict]:  # type: ignore[type-arg]
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_tutorials_dead_head_raises_the_alarm(digits: Path, tmp_path: Path) -> None:
+    run_ranks(2, train_with_the_tutorials_bracket, small_config(digits, tmp_path))
+    found = lines(tmp_path)
+    assert all("the unlabeled loss has no gradient" in line["alarm"] for line in found)
+    # the loss that the tutorial prints: stuck at 15.42 or 16.12 by its clip
+    assert all(15 < line["d/unlabeled"] < 17 for line in found)
+
+
+def test_a_sound_run_is_quiet(digits: Path, tmp_path: Path) -> None:
+    run_ranks(1, train, small_config(digits, tmp_path, "--train.sample_every=10"))
+    assert all("alarm" not in line for line in lines(tmp_path))
+
+
+def test_a_generator_that_is_seen_through_for_long() -> None:
+    state: dict[str, float] = {}
+    raised = [alarms.check({"d/fakes_detected": 0.995}, 100, state) for _ in range(6)]
+    assert [bool(found) for found in raised] == [False] * 4 + [True] * 2
+    assert alarms.check({"validation_error": 0.1}, 100, state) == []
+    assert alarms.check({"d/fakes_detected": 0.9}, 100, state) == []
+    assert alarms.check({"d/fakes_detected": 0.995}, 100, state) == []
+
+
+def test_samples_that_are_all_alike_and_a_dead_generator() -> None:
+    assert "all alike" in alarms.check({"g/sample_spread": 0.01}, 1, {})[0]
+    assert alarms.check({"g/sample_spread": 0.4}, 1, {}) == []
+    assert "no gradient" in alarms.check({"g/gradient_norm": 0.0}, 1, {})[0]
+
+
+def test_a_saturated_but_living_loss_is_no_alarm() -> None:
+    odds = torch.tensor([30.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(losses.real(odds, 1), odds)
+    assert float(gradient.square()) > 0
