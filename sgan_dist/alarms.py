@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DETECTED = 0.99  # fraction of fakes
 DETECTED_STEPS = 500  # for so long
-ALIKE = 0.02  # mean standard deviation of a pixel over generated images, of a range of 2
+ALIKE = 0.002  # mean standard deviation of a pixel over generated images, of a range of 2
 
 GRADIENT = "d/squared_logit_gradient/"
 

@@ -12,17 +12,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from sgan_dist import config, losses
+from sgan_dist import config, distributed, losses
 from sgan_dist.data.index import DatasetIndex, load_index
 from sgan_dist.data.stream import read_split
-from sgan_dist.distributed import all_sum, rank, together, world_size
+from sgan_dist.distributed import all_sum, together, world_size
 from sgan_dist.errors import UserError
 from sgan_dist.export import load_classifier
 
 BINS = 15
+BATCH = 500
+MISTAKES = 24
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An image, uint8 (H, W, C), of class `label` that was taken for `guess`."""
+
+    confidence: float
+    label: int
+    guess: int
+    image: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,8 @@ class Evaluation:
     """expected calibration error over 15 equal bins of confidence (Guo et al. 2017)"""
     confusion: list[list[int]]
     images: int
+    bins: list[tuple[int, float, float]]
+    """images, mean confidence and accuracy of each bin"""
 
     def per_class_error(self) -> list[float]:
         return [1 - row[i] / max(sum(row), 1) for i, row in enumerate(self.confusion)]
@@ -56,7 +71,66 @@ class Evaluation:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Examination:
+    """Sums over the images that one process looked at, and its most confident mistakes."""
+
+    confusion: NDArray[np.float64]
+    bins: NDArray[np.float64]
+    """(15, 3): images, sum of confidence, correct ones"""
+    nll: float
+    mistakes: list[Mistake]
+
+    def evaluation(self) -> Evaluation:
+        images = int(self.confusion.sum())
+        gap = float(np.abs(self.bins[:, 1] - self.bins[:, 2]).sum())
+        return Evaluation(
+            error=1 - float(self.confusion.trace()) / images,
+            nll=self.nll / images,
+            calibration_error=gap / images,
+            confusion=self.confusion.astype(int).tolist(),
+            images=images,
+            bins=[(int(n), a / max(n, 1), b / max(n, 1)) for n, a, b in self.bins.tolist()],
+        )
+
+
 @torch.no_grad()
+def examine(
+    network: nn.Module,
+    index: DatasetIndex,
+    root: str,
+    split: str,
+    form: losses.Form,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Examination:
+    """Classifies samples `rank`, `rank + world_size`, ... of a labeled split in this process alone."""
+    classes = len(index.class_names)
+    confusion, bins, nll = np.zeros((classes, classes)), np.zeros((BINS, 3)), 0.0
+    mistakes: list[Mistake] = []
+    weight = next(network.parameters())
+    training = network.training
+    network.eval()
+    for images, labels, _ in read_split(root, index, split, rank, world_size, BATCH):
+        assert labels is not None
+        x = torch.from_numpy(images).to(weight.device).permute(0, 3, 1, 2).to(weight.dtype)
+        logits = losses.class_logits(network(x.div(127.5).sub(1)).logits, form)
+        log_p = logits.log_softmax(1).double().cpu().numpy()
+        guesses = log_p.argmax(1)
+        confidence = np.exp(log_p.max(1))
+        nll -= float(log_p[np.arange(len(labels)), labels].sum())
+        np.add.at(confusion, (labels, guesses), 1)
+        place = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+        np.add.at(bins, place, np.stack([np.ones(len(x)), confidence, guesses == labels], 1))
+        wrong = np.flatnonzero(guesses != labels)
+        for i in wrong[np.argsort(-confidence[wrong])[:MISTAKES]]:
+            pixels = images[i].copy()  # a view would hold the whole batch
+            mistakes.append(Mistake(float(confidence[i]), int(labels[i]), int(guesses[i]), pixels))
+        mistakes = sorted(mistakes, key=lambda m: -m.confidence)[:MISTAKES]
+    network.train(training)
+    return Examination(confusion, bins, nll, mistakes)
+
+
 def evaluate(
     network: nn.Module,
     index: DatasetIndex,
@@ -64,49 +138,20 @@ def evaluate(
     split: str,
     form: losses.Form,
     device: torch.device,
-    batch: int = 500,
 ) -> Evaluation:
-    """Classifies a labeled split with `network`; each image once, whatever the world size.
+    """Classifies a labeled split, each image once, whatever the world size; all ranks get the result.
 
-    Rank r takes samples r, r + W, ...; counts and sums are added up. All ranks get the result.
+    `device` is where sums are exchanged: the network's.
     """
-    classes = len(index.class_names)
-    confusion = torch.zeros(classes, classes, dtype=torch.float64, device=device)
-    bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)  # count, confidence, correct
-    nll = torch.zeros(1, dtype=torch.float64, device=device)
-    dtype = next(network.parameters()).dtype
-    network.eval()
-
-    def add(images: np.ndarray, labels: np.ndarray) -> None:
-        x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).to(dtype).div(127.5).sub(1)
-        y = torch.from_numpy(labels).to(device)
-        log_p = losses.class_logits(network(x).logits, form).log_softmax(1).double()
-        confidence, guess = log_p.exp().max(1)
-        confusion.view(-1).add_(
-            torch.bincount(y * classes + guess, minlength=classes * classes).double()
-        )
-        place = (confidence * BINS).long().clamp(max=BINS - 1)
-        rows = torch.stack([torch.ones_like(confidence), confidence, (guess == y).double()])
-        bins.index_add_(1, place, rows)
-        nll.sub_(log_p.gather(1, y[:, None]).sum())
-
-    def whole_part() -> None:
-        for images, labels, _ in read_split(root, index, split, rank(), world_size(), batch):
-            assert labels is not None
-            add(images, labels)
-
-    together(whole_part)
-    packed = all_sum(torch.cat([confusion.flatten(), bins.flatten(), nll])).cpu()
-    confusion = packed[: classes * classes].view(classes, classes)
-    counts, confidences, corrects = packed[classes * classes : -1].view(3, BINS)
-    images = int(counts.sum())
-    return Evaluation(
-        error=1 - float(confusion.trace()) / images,
-        nll=float(packed[-1]) / images,
-        calibration_error=float((confidences - corrects).abs().sum()) / images,
-        confusion=[[int(count) for count in row] for row in confusion],
-        images=images,
+    own = together(
+        lambda: examine(network, index, root, split, form, distributed.rank(), world_size())
     )
+    sums = np.concatenate([own.confusion.ravel(), own.bins.ravel(), [own.nll]])
+    total = all_sum(torch.from_numpy(sums).to(device)).cpu().numpy()
+    classes = len(index.class_names)
+    confusion = total[: classes**2].reshape(classes, classes)
+    bins = total[classes**2 : -1].reshape(BINS, 3)
+    return Examination(confusion, bins, float(total[-1]), []).evaluation()
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
@@ -119,7 +164,9 @@ def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
         y, x = i // columns * height, i % columns * width
         sheet[y : y + height, x : x + width] = image.transpose(1, 2, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(path)
+    partial = path.with_name(f".{path.name}.partial")
+    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(partial, format="png")
+    partial.replace(path)
 
 
 def to_json(evaluation: Evaluation, class_names: tuple[str, ...]) -> dict[str, Any]:

@@ -9,30 +9,25 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from sgan_dist import charts, checkpoint, losses
+from sgan_dist import charts, checkpoint
 from sgan_dist.charts import Series, note, percent, picture, section, span, table
 from sgan_dist.config import Config, load
 from sgan_dist.data.index import DatasetIndex, load_index
-from sgan_dist.data.stream import read_split
 from sgan_dist.errors import UserError
-from sgan_dist.evaluate import BINS, Evaluation
+from sgan_dist.evaluate import BINS, Evaluation, Mistake, examine
 from sgan_dist.export import load_classifier
 from sgan_dist.models import build_discriminator
 from sgan_dist.networks import outputs
 
-BATCH = 500
-MISTAKES = 24
 GRIDS = 6
 MATRIX_CLASSES = 25  # with more classes the most frequent confusions are listed instead
 ROWS = 30
@@ -44,27 +39,6 @@ NORMS = {"d/gradient_norm": "discriminator", "g/gradient_norm": "generator"}
 
 
 Pairs = list[tuple[str, str]]  # name and value, HTML
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """An image (H, W, C) of class `label` that was taken for `guess`."""
-
-    confidence: float
-    label: int
-    guess: int
-    image: NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What one pass over a split found."""
-
-    evaluation: Evaluation
-    bins: list[tuple[int, float, float]]
-    """images, mean confidence and accuracy of each equal bin of confidence"""
-    mistakes: list[Mistake]
-    """the most confident ones, most confident first"""
 
 
 def make_report(run: Path, root: str | None = None) -> Path:
@@ -106,42 +80,6 @@ def make_report(run: Path, root: str | None = None) -> Path:
     return path
 
 
-@torch.no_grad()
-def examine(
-    network: nn.Module, index: DatasetIndex, root: str, split: str, form: losses.Form
-) -> Findings:
-    """Classifies a labeled split in this process alone, and keeps what a person wants to look at."""
-    classes = len(index.class_names)
-    confusion = np.zeros((classes, classes), np.int64)
-    bins = np.zeros((BINS, 3))  # count, confidence, correct
-    nll = 0.0
-    mistakes: list[Mistake] = []
-    weight = next(network.parameters())
-    network.eval()
-    for images, labels, _ in read_split(root, index, split, 0, 1, BATCH):
-        assert labels is not None
-        x = torch.from_numpy(images).permute(0, 3, 1, 2).to(weight).div(127.5).sub(1)
-        logits = losses.class_logits(network(x).logits, form)
-        log_p = logits.log_softmax(1).double().cpu().numpy()
-        guesses = log_p.argmax(1)
-        confidence = np.exp(log_p.max(1))
-        nll -= float(log_p[np.arange(len(labels)), labels].sum())
-        np.add.at(confusion, (labels, guesses), 1)
-        place = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
-        np.add.at(bins, place, np.stack([np.ones(len(x)), confidence, guesses == labels], 1))
-        wrong = np.flatnonzero(guesses != labels)
-        for i in wrong[np.argsort(-confidence[wrong])[:MISTAKES]]:
-            pixels = images[i].copy()  # a view would hold the whole batch
-            mistakes.append(Mistake(confidence[i].item(), int(labels[i]), int(guesses[i]), pixels))
-        mistakes = sorted(mistakes, key=lambda m: -m.confidence)[:MISTAKES]
-    count = int(confusion.sum())
-    gap = float(np.abs(bins[:, 1] - bins[:, 2]).sum())
-    error = 1 - float(confusion.trace()) / count
-    evaluation = Evaluation(error, nll / count, gap / count, confusion.tolist(), count)
-    means = [(int(n), sure / max(n, 1), right / max(n, 1)) for n, sure, right in bins.tolist()]
-    return Findings(evaluation, means, mistakes)
-
-
 def _judge(run: Path, config: Config, root: str, summary: dict[str, Any]) -> tuple[str, Pairs]:
     """The sections on how good the classifier is, and the header's figures."""
     if summary:
@@ -163,16 +101,17 @@ def _judge(run: Path, config: Config, root: str, summary: dict[str, Any]) -> tup
             f"{root} is not the dataset that {run} was trained on: name that with --data"
         )
     found = examine(network.to(device), index, root, split, config.loss.form)
-    whose = f"the {split} split, {found.evaluation.images:,} images, after step {step:,}"
+    judged = found.evaluation()
+    whose = f"the {split} split, {judged.images:,} images, after step {step:,}"
     names = index.class_names
     parts = [
-        section("Confusion", _confusion(found.evaluation, names), whose),
+        section("Confusion", _confusion(judged, names), whose),
         section("Most confident mistakes", _mistakes(found.mistakes, names), whose),
-        section("Calibration", _calibration(found), whose),
+        section("Calibration", _calibration(judged), whose),
     ]
-    figures = [("calibration error", percent(found.evaluation.calibration_error))]
+    figures = [("calibration error", percent(judged.calibration_error))]
     if not summary:
-        figures.insert(0, (f"validation error, step {step:,}", percent(found.evaluation.error)))
+        figures.insert(0, (f"validation error, step {step:,}", percent(judged.error)))
     return "".join(parts), figures
 
 
@@ -359,10 +298,10 @@ def _mistakes(mistakes: list[Mistake], names: Sequence[str]) -> str:
     return f'<div class="mistakes">{"".join(figures)}</div>'
 
 
-def _calibration(found: Findings) -> str:
+def _calibration(found: Evaluation) -> str:
     said = note(
-        f"Expected calibration error {percent(found.evaluation.calibration_error)} over {BINS} bins;"
-        f" negative log-likelihood {found.evaluation.nll:.4f} nats."
+        f"Expected calibration error {percent(found.calibration_error)} over {BINS} bins;"
+        f" negative log-likelihood {found.nll:.4f} nats."
     )
     diagram = charts.reliability(found.bins)
     return f'{said}<div class="charts">{diagram}{charts.histogram([n for n, _, _ in found.bins])}</div>'

@@ -1,4 +1,4 @@
-"""One step of D and one of G: each a single forward and a single backward over a joined batch."""
+"""One step of D and one of G, each with one backward: what is minimized, and in what order."""
 
 from __future__ import annotations
 
@@ -73,17 +73,18 @@ def generator_step(
     """Updates G against the updated, frozen D; returns global means. Raises as D's step does."""
     player, step = networks.generator, batch.step
     assert player is not None
-    parts = {"fake": _generate(player, "generator", config, backend, step)}
-    matching = config.loss.generator == "feature_matching"
-    if matching:
-        parts = {"unlabeled": to_float(batch.unlabeled, backend), **parts}
-    draw = _draw("generator", parts, config, backend, step)
-
-    with frozen(networks.discriminator.network) as discriminator, backend.autocast():
-        out = discriminator(augment(torch.cat(list(parts.values())), config.augment, draw), draw)
-    if matching:
-        real_features, fake_features = out.features.split(list(draw.sizes.values()))
-        loss = losses.feature_matching(real_features.detach(), fake_features)
+    discriminator = networks.discriminator.network
+    fake = _generate(player, "generator", config, backend, step)
+    draw = _draw("generator/fake", {"fake": fake}, config, backend, step)
+    with frozen(discriminator), backend.autocast():
+        out = discriminator(augment(fake, config.augment, draw), draw)
+    if config.loss.generator == "feature_matching":
+        # Apart from the fakes: it needs no backward, and D does not mix samples of two parts.
+        unlabeled = to_float(batch.unlabeled, backend)
+        draw = _draw("generator/real", {"unlabeled": unlabeled}, config, backend, step)
+        with torch.no_grad(), frozen(discriminator), backend.autocast():
+            real = discriminator(augment(unlabeled, config.augment, draw), draw)
+        loss = losses.feature_matching(real.features, out.features)
     else:
         odds = losses.log_odds_real(out.logits, config.loss.form)
         loss = losses.non_saturating(odds, len(odds) * backend.world_size)

@@ -58,8 +58,6 @@ class Tracker:
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """One line; `time/` fields are the only ones that differ between equal runs."""
-        if not metrics:
-            return
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._to_wandb(lambda run: run.log(metrics, step=step))
@@ -135,6 +133,7 @@ class Progress:
         ]
         if self._bar is not None:
             self._bar.set_postfix_str("  ".join(shown))
+        if self._bar is not None or not shown:
             return
         spent = time.monotonic() - self._began
         left = spent / max(step - self._start, 1) * (self._total - step)

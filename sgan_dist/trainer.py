@@ -154,16 +154,18 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
         progress.step()
         busy += time.monotonic() - clock
 
+        line: dict[str, Any] = {}
         if step % train.log_every == 0:
-            line = meters.take() | {"lr": config.optim.lr * rate(step - 1, config)}
+            line |= meters.take() | {"lr": config.optim.lr * rate(step - 1, config)}
             line["time/images_per_s"] = train.log_every * batch_images / busy
             line["time/data_wait"] = waited / busy
-            report(line)
             busy = waited = 0.0
         if train.evaluate_every and step % train.evaluate_every == 0:
-            report(_errors(networks, config, index, "validation", backend))
+            line |= _errors(networks, config, index, "validation", backend)
         if train.sample_every and step % train.sample_every == 0:
-            report(_sample(networks, step, config, backend, tracker))
+            line |= _sample(networks, step, config, backend, tracker)
+        if line:
+            report(line)
         if step % config.checkpoint.every == 0:
             save()
             saved = step

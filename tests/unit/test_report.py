@@ -16,9 +16,9 @@ from sgan_dist import charts
 from sgan_dist.config import load
 from sgan_dist.data.index import load_index
 from sgan_dist.errors import UserError
-from sgan_dist.evaluate import evaluate
+from sgan_dist.evaluate import MISTAKES, evaluate, examine
 from sgan_dist.export import load_classifier
-from sgan_dist.report import MISTAKES, examine, main, make_report
+from sgan_dist.report import main, make_report
 from sgan_dist.trainer import fit
 from tests.conftest import small_config
 from tests.ranks import run_ranks
@@ -119,14 +119,15 @@ def test_findings_agree_with_the_evaluation(finished: Path, digits: Path) -> Non
     index = load_index(digits)
     network, about = load_classifier(finished / "classifier.safetensors")
     found = examine(network, index, str(digits), "test", about["form"])
+    judged = found.evaluation()
     cpu = torch.device("cpu")
     expected = evaluate(network, index, str(digits), "test", about["form"], cpu)
-    assert found.evaluation.confusion == expected.confusion
-    assert found.evaluation.error == expected.error
-    assert found.evaluation.nll == pytest.approx(expected.nll, rel=1e-9)
-    assert found.evaluation.calibration_error == pytest.approx(expected.calibration_error)
-    assert sum(map(sum, found.evaluation.confusion)) == index.test.samples == 1000
-    assert sum(images for images, _, _ in found.bins) == 1000
+    assert judged.confusion == expected.confusion
+    assert judged.error == expected.error
+    assert judged.nll == pytest.approx(expected.nll, rel=1e-9)
+    assert judged.calibration_error == pytest.approx(expected.calibration_error)
+    assert sum(map(sum, judged.confusion)) == index.test.samples == 1000
+    assert sum(images for images, _, _ in judged.bins) == 1000
     sure = [mistake.confidence for mistake in found.mistakes]
     assert sure == sorted(sure, reverse=True) and len(sure) == MISTAKES
     assert all(mistake.label != mistake.guess for mistake in found.mistakes)
