@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import accelerate
+import psutil
 import torch
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
@@ -42,12 +43,23 @@ class Player:
 
         Left alone it does so after its first step, and sums in another order from then on: a resumed
         run would differ from an uninterrupted one in the last bits.
+
+        Raises:
+            UserError: a parameter has no part in the output; several ranks would wait for it.
         """
-        if self.wrapped is self.network:
-            return
         kept = copy.deepcopy(self.network.state_dict())
         out = self.wrapped(example)
         (out if isinstance(out, Tensor) else out[0]).sum().backward()
+        unused = [
+            name
+            for name, p in self.network.named_parameters()
+            if p.requires_grad and p.grad is None
+        ]
+        if unused:
+            raise UserError(
+                f"{type(self.network).__name__} does not use its parameters {', '.join(unused)}: take"
+                " them out, or freeze them with requires_grad_(False)"
+            )
         self._optimizer.zero_grad(set_to_none=True)
         self.network.load_state_dict(kept)
 
@@ -57,7 +69,8 @@ class Player:
         Data-parallel wrappers average gradients over ranks; shares must be added up.
         """
         self._optimizer.zero_grad(set_to_none=True)
-        self._accelerator.backward(loss_share * self._accelerator.num_processes)
+        # Not accelerator.backward: it divides by an accumulation count from the environment.
+        (loss_share * self._accelerator.num_processes).backward()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if clip_norm is not None:
@@ -146,9 +159,12 @@ def frozen(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def _refuse_silent_single_process() -> None:
-    """`accelerate launch --cpu --num_processes 2` names a rendezvous and starts one process."""
-    asked = "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ
-    if asked and "RANK" not in os.environ:
+    """On CPU `accelerate launch --num_processes 2` names a rendezvous and starts one process."""
+    if "RANK" in os.environ or not {"MASTER_PORT", "ACCELERATE_USE_CPU"} <= os.environ.keys():
+        return
+    launcher = psutil.Process().parent()
+    # A port that the launcher was started with is the user's own, and asks for nothing.
+    if launcher is not None and "MASTER_PORT" not in launcher.environ():
         raise UserError(
             "accelerate was asked for several processes and started a single one, as it does on CPU;"
             f" start them with: {CPU_RANKS.format(n='N')}"

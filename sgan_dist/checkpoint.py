@@ -49,7 +49,10 @@ def save(run: Path, step: int, state: dict[str, Any], meta: dict[str, Any], keep
         partial.rename(final)
         _flush_folder(folder)
         _replace_text(run / "latest", f"checkpoints/{name}\n")
-        for old in _all(run)[keep:]:
+        kept = _all(run)
+        # Those of later steps were passed over as damaged; the run makes them anew.
+        later = [path for path in kept if path.name > name]
+        for old in later + [path for path in kept if path.name <= name][keep:]:
             shutil.rmtree(old)
     except (OSError, RuntimeError) as error:  # torch's writer wraps a full disk in a RuntimeError
         raise UserError(
@@ -115,7 +118,8 @@ def weights_sha256(networks: dict[str, torch.nn.Module]) -> str:
 
 def _all(run: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    return sorted((run / "checkpoints").glob(f"{PREFIX}*"), reverse=True)
+    found = (run / "checkpoints").glob(f"{PREFIX}{'[0-9]' * 8}")
+    return sorted((path for path in found if path.is_dir()), reverse=True)
 
 
 def _damage(path: Path) -> str | None:
@@ -125,8 +129,8 @@ def _damage(path: Path) -> str | None:
             return "state.pt does not match its checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError):
-        return "meta.json can't be read"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"it can't be read: {error!r}"
     return None
 
 

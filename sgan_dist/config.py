@@ -5,6 +5,7 @@ Precedence: defaults here < `--config a.yaml` < `--config b.yaml` < `--optim.lr=
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ class DataConfig:
     root: str = "data/digits"
     """folder of a prepared dataset (index.json beside labeled/ unlabeled/ validation/ test/)"""
     source: str | None = None
-    """prepared into an absent `root` at start: digits, or idx:DIR"""
+    """prepared into an absent `root` at start: digits, mnist, fashion-mnist, or idx:DIR"""
     labels_per_class: int = 10
     """labeled images a class, when `source` is prepared"""
     label_seed: int = 0
@@ -185,12 +186,12 @@ class Config:
 
 
 def parse(argv: Sequence[str], default: Path | None = None) -> tuple[Config, bool]:
-    """The checked configuration of a command line, and whether it is a --dry_run.
+    """The configuration of a command line, to be checked, and whether it is a --dry_run.
 
     `default` is the file that is read where no --config is given.
 
     Raises:
-        UserError: unknown key, wrong type, or values that do not fit together.
+        UserError: unknown key or wrong type.
     """
     parser = jsonargparse.ArgumentParser(prog="launch/train.py", exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file; may be given several times")
@@ -200,12 +201,29 @@ def parse(argv: Sequence[str], default: Path | None = None) -> tuple[Config, boo
     layers = [] if named or default is None else [f"--config={default}"]
     try:
         config = parser.instantiate(parser.parse_args([*layers, *argv])).as_dict()
-    except jsonargparse.ArgumentError as error:
+    except (jsonargparse.ArgumentError, ValueError) as error:  # ValueError: not UTF-8
         said = " ".join(str(error).split())
         raise UserError(f"bad configuration: {said} (see launch/train.py --help)") from error
     config.pop("config", None)
     dry_run = config.pop("dry_run")
-    return check(Config(**config)), dry_run
+    return Config(**config), dry_run
+
+
+def run_directory(argv: Sequence[str], default: Path | None = None) -> Path | None:
+    """Where a command line that `parse` refuses would have run, as far as it can be told."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="append", type=Path)
+    parser.add_argument("--run_dir")
+    parser.add_argument("--name")
+    try:
+        given, _ = parser.parse_known_args(argv)
+        named: dict[str, Any] = {}
+        for path in given.config or ([] if default is None else [default]):
+            named |= yaml.safe_load(path.read_text())
+        named |= {key: value for key, value in vars(given).items() if value is not None}
+        return Path(named.get("run_dir") or f"runs/{named['name']}")
+    except (argparse.ArgumentError, OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return None  # what is wrong is being told already
 
 
 def check(config: Config) -> Config:
@@ -219,6 +237,7 @@ def check(config: Config) -> Config:
             data=dataclasses.replace(config.data, unlabeled_batch=0),
             model=dataclasses.replace(config.model, generator=None),
             loss=dataclasses.replace(config.loss, consistency=0.0),
+            train=dataclasses.replace(config.train, baseline_steps=0),
         )
     d, t, o = config.data, config.train, config.optim
     must_be_positive = {
@@ -241,6 +260,8 @@ def check(config: Config) -> Config:
             "train.fake_batch": t.fake_batch,
             "optim.generator_lr": o.generator_lr,
         }
+    if d.validation is not None:
+        must_be_positive["data.validation"] = d.validation
     for key, value in must_be_positive.items():
         if not (value > 0 and math.isfinite(value)):
             raise UserError(f"{key} is {value}, and must be positive")
@@ -266,8 +287,13 @@ def check(config: Config) -> Config:
         raise UserError(f"optim.decay is {o.decay}, and must be a fraction from 0 to 1")
     if o.clip_norm is not None and not o.clip_norm > 0:
         raise UserError(f"optim.clip_norm is {o.clip_norm}: give a positive norm, or null for none")
-    if config.augment.scale >= 1:
-        raise UserError(f"augment.scale is {config.augment.scale}, and must be below 1")
+    if not all(0 <= beta < 1 for beta in o.betas):
+        raise UserError(f"optim.betas are {o.betas}, and must be fractions from 0 to below 1")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"seed is {config.seed}, and must be from 0 to 2^63 - 1")
+    for name, amounts in (("augment", config.augment), ("teacher_augment", config.teacher_augment)):
+        if amounts.scale >= 1:
+            raise UserError(f"{name}.scale is {amounts.scale}, and must be below 1")
     return config
 
 
@@ -324,7 +350,7 @@ def load(path: Path) -> Config:
     """The configuration that `save` wrote."""
     if not path.is_file():
         raise UserError(f"{path.parent} is not a run directory: it holds no {path.name}")
-    return parse([f"--config={path}"])[0]
+    return check(parse([f"--config={path}"])[0])
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sgan_dist import config, distributed, losses
+from sgan_dist.backend import Backend
 from sgan_dist.data.index import DatasetIndex, load_index
 from sgan_dist.data.stream import read_split
 from sgan_dist.distributed import all_sum, together, world_size
@@ -189,7 +191,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", help="the prepared dataset; by default the run's own")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
+    zero = os.environ.get("RANK", "0") == "0"
     try:
+        backend = Backend(config.TrainConfig())
         root = args.data or config.load(args.run_dir / "config.yaml").data.root
         network, about = load_classifier(args.run_dir / "classifier.safetensors")
         index = load_index(root)
@@ -198,14 +202,16 @@ def main(argv: Sequence[str]) -> int:
                 f"{root} has the classes {', '.join(index.class_names)}, and the classifier knows"
                 f" {', '.join(about['class_names'])}: name its own dataset with --data"
             )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        found = evaluate(network.to(device), index, root, args.split, about["form"], device)
+        network.to(backend.device)
+        found = evaluate(network, index, root, args.split, about["form"], backend.device)
+        backend.close()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if zero:
+            print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.json:
+    if zero and args.json:
         print(json.dumps(to_json(found, index.class_names)))
-    else:
+    elif zero:
         print(f"{args.run_dir}, {args.split} split")
         print(found.table(index.class_names))
     return 0

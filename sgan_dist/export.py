@@ -31,11 +31,16 @@ def save_classifier(path: Path, network: nn.Module, config: Config, index: Datas
     tensors = {
         key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()
     }
-    save_file(tensors, path, metadata={"sgan_dist": json.dumps(about)})
+    try:
+        save_file(tensors, path, metadata={"sgan_dist": json.dumps(about)})
+    except SafetensorError as error:  # what it makes of an OSError
+        raise UserError(f"can't write {path}: {error}") from error
 
 
 def load_classifier(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The network in eval mode, and what is known of it: form, class_names, image_shape (C, H, W)."""
+    if not path.is_file():
+        raise UserError(f"{path} is not there: the run has not finished, or is not a run")
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["sgan_dist"])

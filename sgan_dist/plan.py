@@ -5,14 +5,13 @@ from __future__ import annotations
 from sgan_dist.backend import Backend
 from sgan_dist.config import Config
 from sgan_dist.data.index import DatasetIndex
+from sgan_dist.data.loader import check_shares
 from sgan_dist.errors import UserError
 
 
-def check_world(config: Config, world_size: int) -> None:
-    """Raises UserError where the world size does not divide the generated batch.
-
-    (The loader checks the batches that it serves.)
-    """
+def check_world(config: Config, index: DatasetIndex, world_size: int) -> None:
+    """Raises UserError where the batches can't be shared by `world_size` ranks."""
+    check_shares(index, config.data, world_size)
     fakes = config.train.fake_batch
     if config.model.generator is not None and fakes % world_size:
         raise UserError(

@@ -12,7 +12,9 @@ from types import FrameType
 
 _received: int | None = None
 _stop_file: Path | None = None
-_launcher: int | None = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+# torchrun and accelerate leave these to their workers
+_launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+_launcher: int | None = os.getppid() if _launched else None
 
 
 def catch_signals() -> None:

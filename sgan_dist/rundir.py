@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -31,8 +32,11 @@ def claim(config: Config) -> None:
         lock = open(run / ".lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _locks.append(lock)
-        save(config, run / "config.yaml")
+        # The dataset's absolute path: the run may be looked at from another folder.
+        data = dataclasses.replace(config.data, root=str(Path(config.data.root).absolute()))
+        save(dataclasses.replace(config, data=data), run / "config.yaml")
         (run / "FAILED").unlink(missing_ok=True)
+        (run / "STOP").unlink(missing_ok=True)
     except BlockingIOError as error:
         raise UserError(
             f"another process is training in {run}: wait for it, or give another --run_dir"
@@ -44,12 +48,25 @@ def claim(config: Config) -> None:
 
 
 def mark_failed(run: Path, reason: str) -> None:
-    """Leaves FAILED with the reason, where the directory can be written at all."""
+    """Leaves FAILED with the reason, unless the directory is of a run that is done or goes on."""
     try:
+        if (run / "DONE").exists() or _locked_by_another(run):
+            return
         run.mkdir(parents=True, exist_ok=True)
         (run / "FAILED").write_text(reason + "\n")
     except OSError as error:
         print(f"can't leave {run / 'FAILED'}: {error.strerror}")
+
+
+def _locked_by_another(run: Path) -> bool:
+    if _locks or not (run / ".lock").exists():
+        return False
+    with open(run / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def mark_done(run: Path, summary: dict[str, Any]) -> None:
@@ -66,7 +83,8 @@ def finished(config: Config) -> dict[str, Any] | None:
     if not (run / "DONE").exists():
         return None
     summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    if summary["step"] < config.train.steps:
+    baseline_missing = config.train.baseline_steps and "supervised_test_error" not in summary
+    if summary["step"] < config.train.steps or baseline_missing:
         (run / "DONE").unlink()
         return None
     return summary
@@ -94,25 +112,25 @@ def is_rank_zero() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def write_sample_ids(run: Path, step: int, ids: list[list[list[int]]]) -> None:
+def write_sample_ids(run: Path, step: int, ids: list[tuple[list[int], list[int]]]) -> None:
     """Leaves the sample ids of the batch that broke, rank by rank, for who wants to look at it."""
-    if is_rank_zero():
-        path = run / f"nonfinite-step-{step:08d}.json"
-        ranks = [{"labeled": labeled, "unlabeled": unlabeled} for labeled, unlabeled in ids]
-        path.write_text(json.dumps({"step": step, "ranks": ranks}) + "\n")
+    path = run / f"nonfinite-step-{step:08d}.json"
+    ranks = [{"labeled": labeled, "unlabeled": unlabeled} for labeled, unlabeled in ids]
+    path.write_text(json.dumps({"step": step, "ranks": ranks}) + "\n")
 
 
 def results(run: Path, summary: dict[str, Any]) -> str:
     """The closing table."""
     lines = ["", "test error"]
-    lines.append(f"  semi-supervised GAN     {summary['test_error']:7.2%}")
+    lines.append(f"  {summary['trained_on']:<22}  {summary['test_error']:7.2%}")
     if "supervised_test_error" in summary:
-        lines.append(f"  supervised only         {summary['supervised_test_error']:7.2%}")
-    lines += [
-        "",
-        f"classifier  {run / 'classifier.safetensors'}",
-        f"samples     {run / 'samples'}",
-        f"metrics     {run / 'metrics.jsonl'}",
-        f"summary     {run / 'summary.json'}",
-    ]
+        lines.append(f"  {'labeled images alone':<22}  {summary['supervised_test_error']:7.2%}")
+    left = {
+        "classifier": "classifier.safetensors",
+        "samples": "samples",
+        "metrics": "metrics.jsonl",
+        "summary": "summary.json",
+        "report": "report.html",
+    }
+    lines += ["", *(f"{k:<10}  {run / v}" for k, v in left.items() if (run / v).exists())]
     return "\n".join(lines)

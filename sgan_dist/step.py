@@ -37,8 +37,9 @@ def discriminator_step(
         parts["fake"] = _generate(networks.generator, "discriminator", config, backend, step)
     draw = _draw("discriminator", parts, config, backend, step)
 
+    # Positions need fp32: augmentation stays outside of autocast, here and below.
+    images = augment(torch.cat(list(parts.values())), config.augment, draw)
     with backend.autocast():
-        images = augment(torch.cat(list(parts.values())), config.augment, draw)
         out = networks.discriminator.wrapped(images, draw)
     logits = dict(zip(parts, out.logits.split(list(draw.sizes.values())), strict=True))
     totals = {name: size * backend.world_size for name, size in draw.sizes.items()}
@@ -76,14 +77,16 @@ def generator_step(
     discriminator = networks.discriminator.network
     fake = _generate(player, "generator", config, backend, step)
     draw = _draw("generator/fake", {"fake": fake}, config, backend, step)
+    images = augment(fake, config.augment, draw)
     with frozen(discriminator), backend.autocast():
-        out = discriminator(augment(fake, config.augment, draw), draw)
+        out = discriminator(images, draw)
     if config.loss.generator == "feature_matching":
         # Apart from the fakes: it needs no backward, and D does not mix samples of two parts.
         unlabeled = to_float(batch.unlabeled, backend)
         draw = _draw("generator/real", {"unlabeled": unlabeled}, config, backend, step)
+        images = augment(unlabeled, config.augment, draw)
         with torch.no_grad(), frozen(discriminator), backend.autocast():
-            real = discriminator(augment(unlabeled, config.augment, draw), draw)
+            real = discriminator(images, draw)
         loss = losses.feature_matching(real.features, out.features)
     else:
         odds = losses.log_odds_real(out.logits, config.loss.form)
@@ -116,8 +119,9 @@ def _targets(
 ) -> Tensor:
     """The averaged D's class probabilities of unlabeled images, aligned and sharpened, (n, N)."""
     draw = _draw("teacher", {"unlabeled": unlabeled}, config, backend, step)
+    images = augment(unlabeled, config.teacher_augment, draw)
     with backend.autocast():
-        logits = networks.average(augment(unlabeled, config.teacher_augment, draw)).logits
+        logits = networks.average(images).logits
     p = losses.class_logits(logits, config.loss.form).softmax(1)
     mean = all_sum(p.sum(0)) / (len(p) * backend.world_size)
     networks.mean_prediction.lerp_(mean.to(backend.dtype), ALIGNMENT_MOMENTUM)
@@ -146,8 +150,9 @@ def _update(
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
         raise NonFiniteLoss(
-            f"{', '.join(bad)} became {metrics[bad[0]]} at step {step}, before its update: lower"
-            " optim.lr and optim.generator_lr, or set optim.clip_norm; earlier checkpoints are good"
+            f"{', '.join(bad)} became {metrics[bad[0]]} at step {step}, before its update:"
+            " start anew, with another --run_dir, at lower rates or with optim.clip_norm; checkpoints"
+            " of earlier steps are good"
         )
     player.step(lr * rate(step, config))
     return metrics

@@ -19,20 +19,21 @@ from tqdm import tqdm
 
 from sgan_dist.config import Config, meaning
 from sgan_dist.errors import UserError
+from sgan_dist.evaluate import Examination
 
-# metric -> its name and format on the terminal
+# metric -> its name in a log, its name and format on the narrow bar
 WATCHED = {
-    "d/supervised": ("supervised", "6.3f"),
-    "d/unlabeled": ("unlabeled", "6.3f"),
-    "d/fake": ("fake", "6.3f"),
-    "d/consistency": ("consistency", "6.3f"),
-    "g/feature_matching": ("generator", "6.3f"),
-    "g/non_saturating": ("generator", "6.3f"),
-    "validation_error": ("validation error", "6.2%"),
-    "validation_error_raw": ("without averaging", "6.2%"),
-    "time/images_per_s": ("images/s", "6.0f"),
-    "time/data_wait": ("data wait", "5.1%"),
+    "d/supervised": ("supervised", "sup", "{:.3f}"),
+    "d/unlabeled": ("unlabeled", "unl", "{:.3f}"),
+    "d/fake": ("fake", "fake", "{:.3f}"),
+    "d/consistency": ("consistency", "cons", "{:.3f}"),
+    "g/feature_matching": ("generator", "gen", "{:.3f}"),
+    "g/non_saturating": ("generator", "gen", "{:.3f}"),
+    "time/images_per_s": ("images/s", "img/s", "{:.0f}"),
+    "time/data_wait": ("data wait", "wait", "{:.0%}"),
+    "validation_error": ("validation error", "err", "{:.2%}"),
 }
+BAR = "{n_fmt}/{total_fmt} eta {remaining} {postfix}"
 
 
 def say(line: str) -> None:
@@ -65,6 +66,24 @@ class Tracker:
     def image(self, step: int, name: str, path: Path) -> None:
         """A picture for the dashboard."""
         self._to_wandb(lambda run: run.log({name: wandb.Image(str(path))}, step=step))
+
+    def findings(self, found: Examination, class_names: tuple[str, ...]) -> None:
+        """The confusion matrix and the most confident mistakes, for the dashboard."""
+        names = list(class_names)
+        counts = found.confusion.astype(int).tolist()
+        cells = [[names[i], names[j], n] for i, row in enumerate(counts) for j, n in enumerate(row)]
+        rows = [
+            [wandb.Image(m.image.squeeze()), names[m.label], names[m.guess], m.confidence]
+            for m in found.mistakes
+        ]
+        self._to_wandb(
+            lambda run: run.log(
+                {
+                    "confusion": wandb.Table(["label", "guess", "images"], data=cells),
+                    "mistakes": wandb.Table(["image", "label", "guess", "confidence"], data=rows),
+                }
+            )
+        )
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
         """Closes the files; a finished run brings its final figures."""
@@ -107,13 +126,14 @@ class Meters:
 
 
 class Progress:
-    """A bar on a terminal, plain lines in a log file."""
+    """A bar on a terminal, plain aligned lines in a log file."""
 
     def __init__(self, start: int, total: int, active: bool) -> None:
         self._active, self._total = active, total
         self._began, self._start = time.monotonic(), start
+        self._latest: dict[str, Any] = {}
         self._bar = (
-            tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+            tqdm(total=total, initial=start, dynamic_ncols=True, bar_format=BAR)
             if active and sys.stderr.isatty()
             else None
         )
@@ -124,21 +144,24 @@ class Progress:
 
     def show(self, step: int, line: dict[str, Any]) -> None:
         """The figures of a metrics line that a person watches."""
-        if not self._active:
+        shown = {name: line[name] for name in WATCHED if name in line}
+        if not self._active or not shown:
             return
-        shown = [
-            f"{label} {format(line[name], style)}"
-            for name, (label, style) in WATCHED.items()
-            if name in line
-        ]
         if self._bar is not None:
-            self._bar.set_postfix_str("  ".join(shown))
-        if self._bar is not None or not shown:
+            self._latest |= shown
+            cells = [
+                f"{WATCHED[name][1]} {WATCHED[name][2].format(value)}"
+                for name, value in self._latest.items()
+            ]
+            self._bar.set_postfix_str(" ".join(cells))
             return
-        spent = time.monotonic() - self._began
-        left = spent / max(step - self._start, 1) * (self._total - step)
+        cells = [
+            f"{WATCHED[name][0]} {WATCHED[name][2].format(value):>6}"
+            for name, value in shown.items()
+        ]
+        left = (time.monotonic() - self._began) / (step - self._start) * (self._total - step)
         width = len(str(self._total))
-        say(f"step {step:>{width}}/{self._total}  {'  '.join(shown)}  eta {left:.0f} s")
+        say(f"step {step:>{width}}/{self._total}  {'  '.join(cells)}  eta {left:.0f} s")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -150,21 +173,16 @@ def _truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+        try:
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged in line {number}: take the line out") from error
         kept.append(line)
     partial = path.with_name(".metrics.partial")
     partial.write_text("".join(kept))
     partial.replace(path)
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{run} is not a run directory: it holds no metrics.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _start_wandb(run: Path, config: Config) -> Any:
@@ -184,7 +202,7 @@ def _start_wandb(run: Path, config: Config) -> Any:
                 name=os.environ.get("WANDB_NAME") or config.name,
                 id=kept.read_text().strip(),
                 resume="allow",
-                dir=str(run),
+                dir=os.environ.get("WANDB_DIR") or str(run),
                 config=meaning(config),
                 mode=attempt,  # type: ignore[arg-type]
                 settings=settings,

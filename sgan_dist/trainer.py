@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,17 +12,19 @@ import torch
 
 from sgan_dist import alarms, checkpoint, preemption, rundir
 from sgan_dist.backend import Backend
-from sgan_dist.config import Config, meaning, parse, supervised
+from sgan_dist.config import Config, check, meaning, parse, run_directory, supervised
 from sgan_dist.data.index import DatasetIndex, load_index
-from sgan_dist.data.loader import SemiSupervisedLoader
+from sgan_dist.data.loader import SemiSupervisedBatch, SemiSupervisedLoader
 from sgan_dist.data.prepare import prepare
+from sgan_dist.data.sources import source_name
 from sgan_dist.distributed import agree, attempt, gather_objects, on_rank_zero, together
 from sgan_dist.errors import NonFiniteLoss, UserError
-from sgan_dist.evaluate import evaluate, save_grid
+from sgan_dist.evaluate import evaluate, examine, save_grid
 from sgan_dist.export import save_classifier
 from sgan_dist.networks import Networks, build, initialize
 from sgan_dist.noise import Draw, Rows
 from sgan_dist.plan import check_world, describe
+from sgan_dist.report import make_report
 from sgan_dist.step import discriminator_step, generator_step, rate
 from sgan_dist.tracking import Meters, Progress, Tracker, say
 
@@ -35,13 +36,14 @@ def main(argv: Sequence[str]) -> int:
     """launch/train.py: 0 when done, 2 for an error that the user can mend, 128 + signal if stopped."""
     try:
         config, dry_run = parse(argv, DEFAULT_CONFIG)
+        return fit(check(config), dry_run)
     except UserError as error:
-        named = re.search(r"--run_dir[= ](\S+)", " ".join(argv))
-        return _give_up(str(error), Path(named[1]) if named else None)
-    try:
-        return fit(config, dry_run)
-    except UserError as error:
-        return _give_up(str(error), None if dry_run else config.directory)
+        if rundir.is_rank_zero():
+            say(f"error: {error}")
+            run = run_directory(argv, DEFAULT_CONFIG)
+            if run is not None and "--dry_run" not in argv:
+                rundir.mark_failed(run, str(error))
+        return 2
 
 
 def fit(config: Config, dry_run: bool = False) -> int:
@@ -53,16 +55,20 @@ def fit(config: Config, dry_run: bool = False) -> int:
         UserError: on every rank alike, and before long work where it can be known then.
     """
     backend = Backend(config.train)
-    index = on_rank_zero(lambda: _dataset(config))
-    check_world(config, backend.world_size)
+    index = on_rank_zero(lambda: _dataset(config, may_prepare=not dry_run))
+    check_world(config, index, backend.world_size)
     if backend.rank == 0:
         say(describe(config, index, backend))
     if dry_run:
+        _refuse_other_run(config, index)
+        build(config, index.image_shape, len(index.class_names), backend)
         return 0
     preemption.watch(config.directory)
     summary = _run(config, index, backend)
-    if summary is not None and backend.rank == 0:
-        say(rundir.results(config.directory, summary))
+    if summary is not None:
+        on_rank_zero(lambda: make_report(config.directory))
+        if backend.rank == 0:
+            say(rundir.results(config.directory, summary))
     backend.close()
     return 0 if summary is not None else preemption.exit_code()
 
@@ -119,7 +125,7 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
         found = alarms.check(line, train.log_every, restored["alarms"])
         if found:
             line["alarm"] = "; ".join(found)
-        tracker.log(step, line)
+        together(lambda: tracker.log(step, line))
         progress.show(step, line)
         if zero and found:
             say(f"ALARM at step {step}: {line['alarm']}")
@@ -129,6 +135,9 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
         state = networks.state() | extra
         about = _about(config, index) | {"environment": rundir.environment(backend)}
         on_rank_zero(lambda: checkpoint.save(run, step, state, about, config.checkpoint.keep))
+
+    def sample() -> dict[str, float]:
+        return on_rank_zero(lambda: _sample(networks, step, config, backend, tracker))
 
     def seconds() -> float:
         return restored["seconds"] + time.monotonic() - began  # type: ignore[no-any-return]
@@ -145,8 +154,7 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
             if networks.generator is not None:
                 metrics |= generator_step(networks, batch, config, backend)
         except NonFiniteLoss:
-            ids = [batch.labeled_ids.tolist(), batch.unlabeled_ids.tolist()]
-            rundir.write_sample_ids(run, step, gather_objects(ids))
+            _keep_sample_ids(run, batch)
             raise
         step += 1
         networks.update_average(step * batch_images, batch_images, config.ema)
@@ -163,7 +171,7 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
         if train.evaluate_every and step % train.evaluate_every == 0:
             line |= _errors(networks, config, index, "validation", backend)
         if train.sample_every and step % train.sample_every == 0:
-            line |= _sample(networks, step, config, backend, tracker)
+            line |= sample()
         if line:
             report(line)
         if step % config.checkpoint.every == 0:
@@ -179,8 +187,10 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
         if zero:
             say(f"stopped after {step} of {train.steps} steps; the same command goes on from there")
         return None
-    _sample(networks, step, config, backend, tracker)
+    sample()
+    on_rank_zero(lambda: _keep_classifier(networks, config, index, tracker))
     summary = {
+        "trained_on": _kind(config),
         **_errors(networks, config, index, "test", backend),
         **_errors(networks, config, index, "validation", backend),
         "step": step,
@@ -193,16 +203,18 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
         "data_fingerprint": index.fingerprint,
         "versions": rundir.versions(),
     }
-    if zero:
-        save_classifier(run / "classifier.safetensors", networks.average, config, index)
     tracker.close(summary)
     return summary
 
 
-def _dataset(config: Config) -> DatasetIndex:
+def _dataset(config: Config, may_prepare: bool) -> DatasetIndex:
     """The dataset index; the embedded or named source is prepared first where it is missing."""
     data = config.data
     if data.source is not None and not (Path(data.root) / "index.json").exists():
+        if not may_prepare:
+            raise UserError(
+                f"{data.root} is not there yet: a run prepares {data.source} in it first"
+            )
         say(f"preparing {data.source} in {data.root}")
         prepare(
             data.source,
@@ -212,13 +224,26 @@ def _dataset(config: Config) -> DatasetIndex:
             validation=data.validation,
         )
     index = load_index(data.root)
-    asked = (data.labels_per_class, data.label_seed)
-    if data.source is not None and asked != (index.labels_per_class, index.label_seed):
-        raise UserError(
-            f"{data.root} was prepared with {index.labels_per_class} labels a class by label seed"
-            f" {index.label_seed}, and the config asks for {asked[0]} by seed {asked[1]}: give another"
-            " --data.root, or set data.labels_per_class and data.label_seed to what is there"
-        )
+    if data.source is None:
+        return index
+    there = {
+        "data.source": index.source,
+        "data.labels_per_class": index.labels_per_class,
+        "data.label_seed": index.label_seed,
+        "data.validation": index.validation.samples,
+    }
+    asked = {
+        "data.source": source_name(data.source),
+        "data.labels_per_class": data.labels_per_class,
+        "data.label_seed": data.label_seed,
+        "data.validation": data.validation or index.validation.samples,
+    }
+    for key, value in there.items():
+        if asked[key] != value:
+            raise UserError(
+                f"{data.root} was prepared with {key} {value}, and the config asks for {asked[key]}:"
+                f" give another --data.root, or set {key} to what is there"
+            )
     return index
 
 
@@ -245,7 +270,12 @@ def _restore(
     if path is None:
         return {"step": 0, "meters": {}, "alarms": {}, "seconds": 0.0}
     state = together(lambda: checkpoint.read_state(path))
-    networks.load(state)
+    try:
+        networks.load(state)
+    except (RuntimeError, KeyError) as error:
+        raise UserError(
+            f"{path} does not fit the networks, whose code was changed since: {error}"
+        ) from error
     meta = on_rank_zero(lambda: checkpoint.read_meta(path))
     if backend.rank == 0:
         say(f"resuming after step {meta['step']}")
@@ -273,8 +303,8 @@ def _errors(
 def _sample(
     networks: Networks, step: int, config: Config, backend: Backend, tracker: Tracker
 ) -> dict[str, float]:
-    """A grid of images from the same noise each time, and how much they differ, on rank 0."""
-    if networks.generator is None or backend.rank != 0:
+    """A grid of images from the same noise each time, and how much they differ."""
+    if networks.generator is None:
         return {}
     generator = networks.generator.network
     draw = Draw(config.seed, "grid", 0, {"grid": Rows.of(GRID, 0, 1)}, backend.device)
@@ -287,9 +317,23 @@ def _sample(
     return {"g/sample_spread": float(images.float().std(0).mean())}
 
 
-def _give_up(reason: str, run: Path | None) -> int:
-    if rundir.is_rank_zero():
-        say(f"error: {reason}")
-        if run is not None:
-            rundir.mark_failed(run, reason)
-    return 2
+def _keep_sample_ids(run: Path, batch: SemiSupervisedBatch) -> None:
+    """Leaves the sample ids of a batch that broke, rank by rank, in the run directory."""
+    ids = gather_objects((batch.labeled_ids.tolist(), batch.unlabeled_ids.tolist()))
+    on_rank_zero(lambda: rundir.write_sample_ids(run, batch.step, ids))
+
+
+def _keep_classifier(
+    networks: Networks, config: Config, index: DatasetIndex, tracker: Tracker
+) -> None:
+    """The averaged D as a file, and for the dashboard where it is wrong on the test split."""
+    save_classifier(config.directory / "classifier.safetensors", networks.average, config, index)
+    found = examine(networks.average, index, config.data.root, "test", config.loss.form)
+    tracker.findings(found, index.class_names)
+
+
+def _kind(config: Config) -> str:
+    """What D learned from, for tables."""
+    if config.train.supervised_only:
+        return "labeled images alone"
+    return "without a generator" if config.model.generator is None else "semi-supervised GAN"

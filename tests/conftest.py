@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sgan_dist.config import Config, parse
+from sgan_dist.config import Config, check, parse
 from sgan_dist.data.prepare import prepare
 
 
@@ -58,4 +58,4 @@ def small_config(root: Path, run: Path, *overrides: str) -> Config:
             *overrides,
         ]
     )
-    return config
+    return check(config)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,16 +70,9 @@ class DatasetIndex:
         return split
 
 
-def decoded_bytes(index: DatasetIndex, split: str) -> int:
-    """Bytes of the split's images as uint8."""
-    height, width, channels = index.image_shape
-    return index.split(split).samples * height * width * channels
-
-
 def order_for(samples: int, image_shape: tuple[int, int, int]) -> str:
     """The order a split gets by its decoded size: full up to 1 GiB, else windowed."""
-    height, width, channels = image_shape
-    return "full" if samples * height * width * channels <= FULL_ORDER_BYTES else "windowed"
+    return "full" if samples * math.prod(image_shape) <= FULL_ORDER_BYTES else "windowed"
 
 
 def fingerprint(index: DatasetIndex) -> str:
@@ -107,6 +102,11 @@ def save(index: DatasetIndex, folder: str | os.PathLike[str]) -> None:
         os.fsync(file.fileno())
 
 
+def prepare_again(root: str | os.PathLike[str]) -> str:
+    """What an error about the dataset at `root` advises, since preparing replaces no folder."""
+    return f"remove {root} (rm -r {shlex.quote(str(root))}) and prepare the dataset again"
+
+
 def load_index(root: str | os.PathLike[str]) -> DatasetIndex:
     """Read and check a prepared dataset's index; shard sizes are checked, contents are not.
 
@@ -124,30 +124,33 @@ def load_index(root: str | os.PathLike[str]) -> DatasetIndex:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): prepare the dataset again") from None
+        raise UserError(f"{path} is not valid JSON ({error}): {prepare_again(root)}") from None
     version = content.get("index_version") if isinstance(content, dict) else None
     if version != INDEX_VERSION:
         raise UserError(
             f"{path} has index version {version}, this program reads version {INDEX_VERSION}: "
-            "prepare the dataset again"
+            f"{prepare_again(root)}"
         )
     try:
         index = _from_json(content)
         actual = fingerprint(index)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} lacks or garbles a field ({error!r}): prepare again") from None
+        raise UserError(
+            f"{path} lacks or garbles a field ({error!r}): {prepare_again(root)}"
+        ) from None
     if actual != index.fingerprint:
         raise UserError(
             f"{path} was changed by hand or damaged: its contents give fingerprint {actual[:12]}, "
-            f"it says {index.fingerprint[:12]}; prepare the dataset again"
+            f"it says {index.fingerprint[:12]}; {prepare_again(root)}"
         )
     if index.order_version != ORDER_VERSION:
         raise UserError(
             f"{path} was made for order version {index.order_version}, this program has version "
-            f"{ORDER_VERSION}: prepare the dataset again"
+            f"{ORDER_VERSION}: {prepare_again(root)}"
         )
-    if index.labeled.samples == 0:
-        raise UserError(f"the dataset at {root} has no labeled samples: prepare it again")
+    for name in ("labeled", "validation", "test"):
+        if index.split(name).samples == 0:
+            raise UserError(f"the dataset at {root} has no {name} samples: {prepare_again(root)}")
     _check_shards(root, index)
     return index
 
@@ -180,10 +183,10 @@ def _check_shards(root: Path, index: DatasetIndex) -> None:
         except OSError as error:
             raise UserError(
                 f"shard {shard.name} of the dataset at {root} cannot be found "
-                f"({error.strerror}): copy it back or prepare the dataset again"
+                f"({error.strerror}): copy it back, or {prepare_again(root)}"
             ) from None
         if size != shard.bytes:
             raise UserError(
                 f"shard {shard.name} of the dataset at {root} has {size} bytes, its index says "
-                f"{shard.bytes}: copy it again or prepare the dataset again"
+                f"{shard.bytes}: copy it again, or {prepare_again(root)}"
             )

@@ -31,7 +31,8 @@ from sgan_dist.data.stream import FullStream, Samples, WindowedStream
 from sgan_dist.errors import UserError
 
 KILL_AFTER_SECONDS = 3.0  # workers that have not ended by then at close() are killed
-# a worker's message costs milliseconds whatever its size, so it carries several steps
+# torch passes a worker's message on as shared memory (/dev/shm), which costs milliseconds whatever
+# its size, so a message carries several steps
 MESSAGE_BYTES = 8 * 2**20
 MESSAGE_STEPS = 8
 
@@ -67,10 +68,9 @@ class SemiSupervisedLoader:
     def __init__(
         self, index: DatasetIndex, config: DataConfig, seed: int, rank: int, world_size: int
     ) -> None:
-        batches = {"labeled": config.labeled_batch, "unlabeled": config.unlabeled_batch}
-        self._batches = {split: batch for split, batch in batches.items() if batch}
-        self._windowed = tuple(s for s in self._batches if index.split(s).order == "windowed")
-        _check(index, config, world_size, self._batches, self._windowed)
+        check_shares(index, config, world_size)
+        self._batches = _batches(config)
+        self._windowed = _windowed(index, config)
         self._index, self._config, self._seed = index, config, seed
         self._rank, self._world_size = rank, world_size
         self._full = {
@@ -78,6 +78,7 @@ class SemiSupervisedLoader:
             for split, batch in self._batches.items()
             if split not in self._windowed
         }
+        # out of pinned (page-locked) memory a GPU copies while this process goes on
         self._pin = torch.cuda.is_available()
         self._iterator: Any = None
         self._processes: list[Any] = []
@@ -111,6 +112,7 @@ class SemiSupervisedLoader:
         killer = threading.Timer(KILL_AFTER_SECONDS, lambda: [p.kill() for p in processes])
         killer.daemon = True
         killer.start()
+        # what torch itself calls when the iterator is collected, whenever that is; no public name
         iterator._shutdown_workers()
         killer.cancel()
 
@@ -160,7 +162,7 @@ class SemiSupervisedLoader:
         context.set_forkserver_preload(["__main__", __name__])
         loader = DataLoader(
             dataset,
-            batch_size=None,
+            batch_size=None,  # what the dataset yields is passed on as it is
             num_workers=workers,
             multiprocessing_context=context,
             worker_init_fn=_prepare_worker,
@@ -182,6 +184,7 @@ class SemiSupervisedLoader:
         iterator, processes = self._iterator, self._processes
         while True:
             messages = []
+            # the iterator gives one message of each worker by turns, in the workers' order
             for worker in range(workers):
                 if self._iterator is not iterator:
                     raise RuntimeError("this iterator's loader was closed")
@@ -229,7 +232,7 @@ class _LaneParts(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        if worker is None:
+        if worker is None:  # not in a worker
             for part in self._parts(0, 1):
                 yield {split: _tensors(samples) for split, samples in part.items()}
             return
@@ -341,13 +344,19 @@ def _check_alive(processes: list[Any]) -> None:
             )
 
 
-def _check(
-    index: DatasetIndex,
-    config: DataConfig,
-    world_size: int,
-    batches: dict[str, int],
-    windowed: tuple[str, ...],
-) -> None:
+def _batches(config: DataConfig) -> dict[str, int]:
+    """The global batch of each split that is trained on."""
+    batches = {"labeled": config.labeled_batch, "unlabeled": config.unlabeled_batch}
+    return {split: batch for split, batch in batches.items() if batch}
+
+
+def _windowed(index: DatasetIndex, config: DataConfig) -> tuple[str, ...]:
+    return tuple(split for split in _batches(config) if index.split(split).order == "windowed")
+
+
+def check_shares(index: DatasetIndex, config: DataConfig, world_size: int) -> None:
+    """Raise UserError unless batches, lanes and workers can be shared out; reads no data."""
+    batches, windowed = _batches(config), _windowed(index, config)
     for split, batch in batches.items():
         if index.split(split).samples == 0:
             raise UserError(

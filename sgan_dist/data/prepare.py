@@ -39,22 +39,15 @@ from sgan_dist.data.index import (
     save,
     with_fingerprint,
 )
-from sgan_dist.data.order import ORDER_VERSION, Int64s, permutation
-from sgan_dist.data.sources import Source, load_source
+from sgan_dist.data.order import ORDER_VERSION, Int64s
+from sgan_dist.data.partition import Part, content_hash, split_source
+from sgan_dist.data.sources import NAMED_SOURCES, Source, load_source
 from sgan_dist.errors import UserError
 
 PACKED_BLOCK = 256  # samples in a packed record
 PACKED_PIXELS = 64  # images up to this side are packed by default
 SHARD_SAMPLES = 8192
 SHARD_BYTES = 64 * 2**20  # decoded size that a shard of large images stays below by default
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One split in memory: images uint8 (n, H, W, C), labels int64 (n,) or None."""
-
-    images: NDArray[np.uint8]
-    labels: Int64s | None
 
 
 @dataclass(frozen=True)
@@ -78,32 +71,32 @@ def prepare(
     """Prepare the source into the folder `out` and return the index.
 
     Args:
-        source_spec: `digits` or `idx:FOLDER`.
+        source_spec: `digits`, `mnist`, `fashion-mnist` or `idx:FOLDER`.
         out: the folder to make; absent, empty, or holding the very same dataset.
         labels_per_class: labeled images a class.
         label_seed: decides which images are labeled, and nothing else.
-        validation: images held out of training, stratified by class; None takes a tenth of
-            `digits`, and 5,000 of an IDX set (a twelfth of a small one).
+        validation: images held out of training, at least one, stratified by class; None takes a
+            tenth of `digits`, and 5,000 of other sets (a twelfth of a small one).
         layout: `packed`, `per-sample`, or None: packed for images of up to 64 pixels.
         order: of the unlabeled split: `full`, `windowed`, or `auto`, by size as in other splits.
         samples_per_shard: None takes 8,192, fewer for large images.
-        progress: a progress bar, and a line where nothing is to be done.
+        progress: a progress bar, and a line for each download and where nothing is to be done.
 
     Raises:
         UserError: what was asked for can't be made, or `out` holds something else.
     """
-    source = load_source(source_spec)
+    source = load_source(source_spec, progress)
     out = Path(out).resolve()
     shape = (source.train_images.shape[1], *source.train_images.shape[2:])
     form = _format(layout, samples_per_shard, shape)
     if order not in ("auto", *ORDERS):
         raise UserError(f"unknown order {order!r}: use auto, {' or '.join(ORDERS)}")
-    parts = _split(source, labels_per_class, label_seed, validation)
+    parts = split_source(source, labels_per_class, label_seed, validation)
     orders = {name: order_for(len(part.images), shape) for name, part in parts.items()}
     if order != "auto":
         orders["unlabeled"] = order
     request = (
-        f"{source.name} (content {_content_hash(source)[:12]}), "
+        f"{source.name} (content {content_hash(source)[:12]}), "
         f"{labels_per_class} labels per class, label seed {label_seed}, "
         f"validation {len(parts['validation'].images)}, {form.layout}, "
         f"unlabeled order {orders['unlabeled']}, {form.samples_per_shard} samples per shard"
@@ -169,90 +162,6 @@ def _format(
     return _Format(layout, block, samples_per_shard)
 
 
-def _split(
-    source: Source, labels_per_class: int, label_seed: int, validation: int | None
-) -> dict[str, _Part]:
-    """The four parts, each in a keyed order, so that no part's order tells of classes."""
-    images, labels = source.train_images, source.train_labels
-    total = len(images)
-    train = np.arange(total)
-    if source.test_images is None or source.test_labels is None:
-        chosen = _stratified(labels, total // 5, "test")
-        test = _Part(images[chosen], labels[chosen])
-        train = np.setdiff1d(train, chosen)
-        default = total // 10
-    else:
-        storage = permutation(len(source.test_images), "storage", "test")
-        test = _Part(source.test_images[storage], source.test_labels[storage])
-        default = min(5000, total // 12)
-    if validation is None:
-        validation = default
-    if not 0 <= validation < len(train):
-        raise UserError(
-            f"validation is {validation}: choose from 0 to {len(train) - 1}, "
-            f"as {source.name} has {len(train)} images to train on"
-        )
-    held_out = train[_stratified(labels[train], validation, "validation")]
-    train = np.setdiff1d(train, held_out)
-    unlabeled = train[permutation(len(train), "storage", "unlabeled")]
-    labeled = _draw_labels(source, train, labels_per_class, label_seed)
-    return {
-        "labeled": _Part(images[labeled], labels[labeled]),
-        "unlabeled": _Part(images[unlabeled], None),
-        "validation": _Part(images[held_out], labels[held_out]),
-        "test": test,
-    }
-
-
-def _stratified(labels: Int64s, count: int, name: str) -> Int64s:
-    """`count` positions in `labels`, every class by its share; decided by no seed, in keyed order.
-
-    Shares are rounded by largest remainder.
-    """
-    histogram = np.bincount(labels)
-    share, remainder = np.divmod(histogram * count, len(labels))
-    most = np.argsort(-remainder, kind="stable")[: count - int(share.sum())]
-    share[most] += 1
-    chosen = np.concatenate(
-        [
-            np.flatnonzero(labels == label)[permutation(histogram[label], name, label)[:few]]
-            for label, few in enumerate(share)
-        ]
-    )
-    return chosen[permutation(len(chosen), "storage", name)]
-
-
-def _draw_labels(source: Source, train: Int64s, per_class: int, seed: int) -> Int64s:
-    """`per_class` images of every class out of `train`: fewer labels are a subset of more."""
-    if per_class < 1:
-        raise UserError(f"labels per class is {per_class}, and must be at least 1")
-    drawn = []
-    for label, name in enumerate(source.class_names):
-        members = train[source.train_labels[train] == label]
-        if len(members) < per_class:
-            raise UserError(
-                f"class {name} of {source.name} has {len(members)} training images left, fewer "
-                f"than {per_class} labels per class: ask for fewer labels or less validation"
-            )
-        drawn.append(members[permutation(len(members), "labels", seed, label)[:per_class]])
-    labeled = np.concatenate(drawn)
-    return labeled[permutation(len(labeled), "storage", "labeled", seed)]
-
-
-def _content_hash(source: Source) -> str:
-    content = hashlib.sha256()
-    for array in (
-        source.train_images,
-        source.train_labels,
-        source.test_images,
-        source.test_labels,
-    ):
-        if array is not None:
-            content.update(str(array.shape).encode())
-            content.update(np.ascontiguousarray(array).data)
-    return content.hexdigest()
-
-
 def _existing(out: Path, request: str) -> DatasetIndex | None:
     """The index of the same dataset, where `out` holds it; UserError where it holds another."""
     try:
@@ -284,9 +193,9 @@ def _partial_folder(out: Path) -> Iterator[Path]:
     lock = os.open(partial, os.O_RDONLY)
     try:
         _lock(lock, partial, out)
-        for stale in partial.iterdir():
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         try:
+            for stale in partial.iterdir():
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
             yield partial
             for folder in (*(partial / name for name in SPLITS), partial):
                 _sync_folder(folder)
@@ -321,7 +230,7 @@ def _sync_folder(folder: Path) -> None:
 def _write_split(
     root: Path,
     name: str,
-    part: _Part,
+    part: Part,
     form: _Format,
     order: str,
     source: Source,
@@ -345,7 +254,7 @@ def _write_split(
 
 def _write_shard(
     path: Path,
-    part: _Part,
+    part: Part,
     form: _Format,
     start: int,
     stop: int,
@@ -399,7 +308,10 @@ def _per_sample(images: NDArray[np.uint8], labels: Int64s | None) -> dict[str, b
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line of launch/prepare_shards.py: 0 when prepared, 2 with a line on stderr."""
+    """The command line of launch/prepare_shards.py: an exit code.
+
+    0 when prepared, 2 (an error) or 130 (Ctrl-C) with a line on stderr.
+    """
     parser = argparse.ArgumentParser(
         prog="prepare_shards.py", description="Prepare a dataset as WebDataset shards."
     )
@@ -408,11 +320,12 @@ def main(argv: Sequence[str]) -> int:
         # --labels_per_class is the same as --labels-per-class
         parser.add_argument(*dict.fromkeys((option, "--" + option[2:].replace("-", "_"))), **rest)
 
-    add("--source", required=True, help="digits, or idx:FOLDER of the four IDX files")
+    sources = f"{', '.join(NAMED_SOURCES)}, or idx:FOLDER of the four IDX files"
+    add("--source", required=True, help=sources)
     add("--out", required=True, help="the folder to make")
     add("--labels-per-class", type=int, default=10, help="labeled images a class (default 10)")
     add("--seed", type=int, default=0, help="decides which images are labeled (default 0)")
-    add("--validation", type=int, help="images held out (default: 1/10 of digits, 5000 of IDX)")
+    add("--validation", type=int, help="images held out (default: 1/10 of digits, else 5000)")
     add("--layout", choices=LAYOUTS, help="default: packed for images of up to 64 pixels")
     add("--order", choices=("auto", *ORDERS), default="auto", help="of the unlabeled split")
     add("--samples-per-shard", type=int, help="default 8192, fewer for large images")
@@ -431,6 +344,9 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing half-written was kept", file=sys.stderr)
+        return 130
     for name in SPLITS:
         split = index.split(name)
         print(f"{name:>10}: {split.samples} samples in {len(split.shards)} shard(s), {split.order}")

@@ -1,21 +1,34 @@
-"""What can be prepared: the bundled digits, and folders of IDX files (MNIST, Fashion-MNIST)."""
+"""What can be prepared: the bundled digits, MNIST and Fashion-MNIST, and folders of IDX files."""
 
 from __future__ import annotations
 
 import gzip
-import struct
-import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from sgan_dist.data.download import SHA256, dataset_folder
+from sgan_dist.data.idx import Bytes, read_pair
+from sgan_dist.data.order import Int64s
 from sgan_dist.errors import UserError
 
-Bytes = NDArray[np.uint8]
-Int64s = NDArray[np.int64]
+NAMED_SOURCES = ("digits", "mnist", "fashion-mnist")
+DIGITS = tuple("0123456789")
+CLOTHES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 
 
 @dataclass(frozen=True)
@@ -30,14 +43,30 @@ class Source:
     name: str
 
 
-def load_source(spec: str) -> Source:
-    """Read `digits` or `idx:FOLDER`. Raises UserError for anything else or anything damaged."""
-    if spec == "digits":
-        return _digits()
+def source_name(spec: str) -> str:
+    """The `Source.name` that a spec will have; nothing is read. UserError for an unknown spec."""
+    if spec in NAMED_SOURCES:
+        return spec
     kind, _, folder = spec.partition(":")
     if kind == "idx" and folder:
-        return _idx(Path(folder))
-    raise UserError(f"unknown source {spec!r}: use `digits` or `idx:FOLDER`")
+        # the folder's base name only: an index must not tell where its maker's files lay
+        return f"idx:{Path(folder).resolve().name}"
+    raise UserError(f"unknown source {spec!r}: use {', '.join(NAMED_SOURCES)} or idx:FOLDER")
+
+
+def load_source(spec: str, progress: bool = False) -> Source:
+    """Read `digits`, `mnist`, `fashion-mnist` or `idx:FOLDER`, downloading what is missing.
+
+    With `progress`, a line on stderr for each download. Raises UserError for any other spec, and
+    for what can't be downloaded or is damaged.
+    """
+    name = source_name(spec)
+    if name == "digits":
+        return _digits()
+    if name in NAMED_SOURCES:
+        classes = DIGITS if name == "mnist" else CLOTHES
+        return _idx(dataset_folder(name, progress), name, classes, SHA256[name])
+    return _idx(Path(spec.removeprefix("idx:")), name)
 
 
 def _digits() -> Source:
@@ -52,12 +81,18 @@ def _digits() -> Source:
     table = np.loadtxt(text.splitlines(), delimiter=",", dtype=np.uint8)
     images = np.ascontiguousarray(table[:, :-1]).reshape(-1, 28, 28, 1)
     labels = table[:, -1].astype(np.int64)
-    return Source(images, labels, None, None, tuple("0123456789"), "digits")
+    return Source(images, labels, None, None, DIGITS, "digits")
 
 
-def _idx(folder: Path) -> Source:
-    train_images, train_labels = _idx_pair(folder, "train")
-    test_images, test_labels = _idx_pair(folder, "t10k")
+def _idx(
+    folder: Path,
+    name: str,
+    class_names: tuple[str, ...] = (),
+    sha256: Mapping[str, str] | None = None,
+) -> Source:
+    """The four IDX files; without names, classes are named by their numbers."""
+    train_images, train_labels = read_pair(folder, "train", sha256)
+    test_images, test_labels = read_pair(folder, "t10k", sha256)
     if train_images.shape[1:] != test_images.shape[1:]:
         raise UserError(
             f"{folder}: train images are {train_images.shape[1:3]}, "
@@ -69,45 +104,5 @@ def _idx(folder: Path) -> Source:
             f"{folder}: t10k labels go up to {int(test_labels.max())}, "
             f"train labels only up to {classes - 1}"
         )
-    names = tuple(str(label) for label in range(classes))
-    # the folder's base name only: an index must not tell where its maker's files lay
-    name = f"idx:{folder.resolve().name}"
+    names = class_names or tuple(str(label) for label in range(classes))
     return Source(train_images, train_labels, test_images, test_labels, names, name)
-
-
-def _idx_pair(folder: Path, part: str) -> tuple[Bytes, Int64s]:
-    images = _read_idx(folder, f"{part}-images-idx3-ubyte", dimensions=3)
-    labels = _read_idx(folder, f"{part}-labels-idx1-ubyte", dimensions=1)
-    if len(images) != len(labels):
-        raise UserError(f"{folder}: {len(images)} {part} images but {len(labels)} {part} labels")
-    if images.size == 0:
-        raise UserError(f"{folder}: the {part} files hold no images")
-    return images[..., np.newaxis], labels.astype(np.int64)
-
-
-def _read_idx(folder: Path, name: str, dimensions: int) -> Bytes:
-    """One IDX file of unsigned bytes, plain or with .gz, as uint8 of its own shape."""
-    path = next((p for p in (folder / f"{name}.gz", folder / name) if p.is_file()), None)
-    if path is None:
-        raise UserError(f"{folder} has neither {name}.gz nor {name}: give the folder of IDX files")
-    try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}; download it again") from None
-    header = 4 + 4 * dimensions
-    # magic: two zero bytes, 8 = unsigned byte, then the number of dimensions
-    if len(data) < header or data[:4] != bytes((0, 0, 8, dimensions)):
-        raise UserError(
-            f"{path} is not an IDX file of unsigned bytes with {dimensions} dimension(s): "
-            f"it begins with {data[:4].hex() or 'nothing'}"
-        )
-    shape = struct.unpack(f">{dimensions}I", data[4:header])
-    expected = int(np.prod(shape, dtype=object))
-    if len(data) - header != expected:
-        raise UserError(
-            f"{path} says {'x'.join(map(str, shape))} = {expected} bytes, but holds "
-            f"{len(data) - header}; download it again"
-        )
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)

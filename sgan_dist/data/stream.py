@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from sgan_dist.data.index import DatasetIndex, Shard, SplitIndex
+from sgan_dist.data.index import DatasetIndex, Shard, SplitIndex, prepare_again
 from sgan_dist.data.order import FullOrder, Int64s, WindowedOrder
 from sgan_dist.errors import UserError
 
@@ -329,7 +329,7 @@ class _Reader:
         if not self._unchanged(shard):
             raise UserError(
                 f"shard {shard.name} of the dataset at {self._root} is not the file that was "
-                "prepared (its sha256 differs): copy it again or prepare the dataset again"
+                f"prepared (its sha256 differs): copy it again, or {prepare_again(self._root)}"
             )
 
     def _unchanged(self, shard: Shard) -> bool:
@@ -337,15 +337,16 @@ class _Reader:
             return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
 
     def _unreadable(self, shard: Shard, record: int, error: Exception) -> UserError:
+        again = prepare_again(self._root)
         try:
             verdict = (
-                "it is as it was prepared: its offsets sidecar may be wrong (delete that), or the "
-                "index is"
+                "it is as it was prepared, so its offsets sidecar may be wrong (delete that), or "
+                f"the index is ({again})"
                 if self._unchanged(shard)
-                else "it was damaged since (its sha256 differs): copy it again or prepare it again"
+                else f"it was damaged since (its sha256 differs): copy it again, or {again}"
             )
         except OSError:
-            verdict = "check the disk, or prepare the dataset again"
+            verdict = f"check the disk, or {again}"
         why = str(error.args[0] if error.args else error).split(" @ ")[0] or type(error).__name__
         if isinstance(error, OSError) and error.strerror:
             why = error.strerror

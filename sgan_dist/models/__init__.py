@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -52,16 +54,20 @@ def _find(key: str, name: str, known: dict[str, type[nn.Module]]) -> type[nn.Mod
             f"{key} is {name!r}: take one of {', '.join(known)}, or name your own as module:Class"
         )
     module, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:  # scripts have their own folder there, not the user's
+        sys.path.append(here)
     try:
         return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         raise UserError(
-            f"{key} is {name!r}, which can't be imported ({error}): is its folder on PYTHONPATH?"
+            f"{key} is {name!r}, which can't be imported ({error!r}): is it right, and in this folder"
+            " or on PYTHONPATH?"
         ) from error
 
 
 def _build(key: str, found: type[nn.Module], args: dict[str, Any], **shape: Any) -> nn.Module:
     try:
         return found(**shape, **args)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{key}_args do not fit {found.__name__}: {error}") from error

@@ -16,6 +16,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from sgan_dist.errors import UserError
 from sgan_dist.noise import Draw
 
+GAIN = "parametrizations.weight.original0"  # g of torch's weight norm
+
 
 class DiscriminatorOutput(NamedTuple):
     """What D says of n images."""
@@ -80,23 +82,26 @@ def data_dependent_init(network: nn.Module, images: Tensor) -> None:
     """Scales weight-normed layers so that their outputs have mean 0 and variance 1 on `images`.
 
     Salimans & Kingma 2016, sec. 3. Run it on the same images on every rank. The variance is over
-    the batch and, for maps, over positions. Layers without weight norm are left as they are.
+    the batch and, for maps, over positions. Layers without a bias keep their mean, and those
+    without weight norm are left as they are.
     """
 
     def standardize(layer: nn.Module, _: object, out: Tensor) -> Tensor:
         axes = [d for d in range(out.dim()) if d != 1]
         mean, std = out.mean(axes), out.std(axes, correction=0) + 1e-8
-        gain, bias = layer.get_parameter("parametrizations.weight.original0"), layer.bias
-        assert isinstance(bias, Tensor)
+        gain = layer.get_parameter(GAIN)
         gain.div_(std.view(-1, *[1] * (gain.dim() - 1)))
-        bias.copy_((bias - mean) / std)
+        if layer.bias is None:
+            mean = torch.zeros_like(mean)
+        else:
+            layer.get_parameter("bias").sub_(mean).div_(std)
         view = (1, -1) + (1,) * (out.dim() - 2)
         return (out - mean.view(view)) / std.view(view)
 
     layers = [
         layer
         for layer in network.modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d) and hasattr(layer, "parametrizations")
+        if isinstance(layer, nn.Linear | nn.Conv2d) and GAIN in dict(layer.named_parameters())
     ]
     hooks = [layer.register_forward_hook(standardize) for layer in layers]
     try:

@@ -10,7 +10,10 @@ import pytest
 
 from sgan_dist import checkpoint
 from sgan_dist.config import Config
+from sgan_dist.data.index import load_index
 from sgan_dist.errors import NonFiniteLoss, UserError
+from sgan_dist.evaluate import evaluate
+from sgan_dist.export import load_classifier
 from sgan_dist.trainer import fit
 from tests.conftest import small_config
 from tests.ranks import run_ranks
@@ -48,8 +51,9 @@ def test_a_non_finite_loss_stops_before_its_update(
     path, passed_over = checkpoint.latest(tmp_path)
     assert path is not None and not passed_over
     assert checkpoint.read_meta(path)["step"] == step
-    for tensor in checkpoint.read_state(path)["generator"]["network"].values():
-        assert tensor.isfinite().all()
+    state = checkpoint.read_state(path)
+    for network in (state["generator"]["network"], state["discriminator"]["network"]):
+        assert all(tensor.isfinite().all() for tensor in network.values())
     written = json.loads((tmp_path / f"nonfinite-step-{step:08d}.json").read_text())
     assert [len(ids["labeled"]) for ids in written["ranks"]] == [12 // world_size] * world_size
 
@@ -61,3 +65,35 @@ def test_batches_that_can_not_be_shared_are_refused(digits: Path, tmp_path: Path
     config = small_config(digits, tmp_path, "--data.unlabeled_batch=25")
     messages = run_ranks(2, message_of_fit, [config] * 2)
     assert len(set(messages)) == 1 and "25" in messages[0] and "2" in messages[0]
+
+
+def test_what_rank_zero_can_not_write_stops_all(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "samples").write_text("a file is in the way")
+    config = small_config(digits, tmp_path, "--train.sample_every=2")
+    messages = run_ranks(2, message_of_fit, [config] * 2)
+    assert len(set(messages)) == 1 and "samples" in messages[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_forgotten_parameter_is_named(world_size: int, digits: Path, tmp_path: Path) -> None:
+    own = "--model.discriminator=tests.own_models:WithUnusedParameter"
+    config = small_config(digits, tmp_path, own, "--model.discriminator_args={}")
+    messages = run_ranks(world_size, message_of_fit, [config] * world_size)
+    assert len(set(messages)) == 1 and "forgotten.weight" in messages[0]
+
+
+def errors_of(rank: int, root: str, run: Path) -> tuple[float, list[list[int]]]:
+    from sgan_dist.backend import Backend
+    from sgan_dist.config import TrainConfig
+
+    backend = Backend(TrainConfig())
+    network, about = load_classifier(run / "classifier.safetensors")
+    found = evaluate(network, load_index(root), root, "test", about["form"], backend.device)
+    return found.error, found.confusion
+
+
+def test_ranks_share_an_evaluation(digits: Path, tmp_path: Path) -> None:
+    assert run_ranks(1, message_of_fit, [small_config(digits, tmp_path)]) == ["no error"]
+    (alone,) = run_ranks(1, errors_of, str(digits), tmp_path)
+    assert run_ranks(3, errors_of, str(digits), tmp_path) == [alone] * 3
+    assert sum(map(sum, alone[1])) == 1000

@@ -30,15 +30,40 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("dataset", ["digits", "windowed"])
+OWN = ("--model.discriminator=tests.own_models:WithBatchNorm", "--model.discriminator_args={}")
+BOOK = ("--model.discriminator=book", "--model.discriminator_args={}")
+MLP = ("--model.discriminator=mlp", '--model.discriminator_args={"sizes": [40, 20]}')
+CONSISTENCY = ("--loss.consistency=1", "--teacher_augment.translate=1")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "dataset", "options"),
+    [
+        (1, "digits", ()),
+        (2, "digits", ()),
+        (4, "digits", ()),
+        (2, "windowed", CONSISTENCY),
+        (1, "digits", OWN),
+        (2, "digits", BOOK),
+        (2, "digits", MLP),
+        pytest.param(1, "windowed", (), marks=pytest.mark.slow),
+        pytest.param(4, "windowed", (), marks=pytest.mark.slow),
+        pytest.param(4, "digits", BOOK, marks=pytest.mark.slow),
+        pytest.param(4, "digits", CONSISTENCY, marks=pytest.mark.slow),
+    ],
+)
 def test_ten_steps_equal_five_and_five(
-    world_size: int, dataset: str, tmp_path: Path, request: pytest.FixtureRequest
+    world_size: int,
+    dataset: str,
+    options: tuple[str, ...],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     root = request.getfixturevalue(dataset)
-    run_ranks(world_size, train, small_config(root, tmp_path / "a", *OPTIONS, "--train.steps=10"))
+    options = (*OPTIONS, *options)
+    run_ranks(world_size, train, small_config(root, tmp_path / "a", *options, "--train.steps=10"))
     for steps in (5, 10):
-        config = small_config(root, tmp_path / "b", *OPTIONS, f"--train.steps={steps}")
+        config = small_config(root, tmp_path / "b", *options, f"--train.steps={steps}")
         run_ranks(world_size, train, config)
     straight, resumed = summary(tmp_path / "a"), summary(tmp_path / "b")
     assert straight["weights_sha256"] == resumed["weights_sha256"]

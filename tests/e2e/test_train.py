@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import random
+import re
 import signal
+import struct
 import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +22,7 @@ import psutil
 import pytest
 
 from sgan_dist.export import load_classifier
-from tests.ranks import launch, run
+from tests.ranks import REPOSITORY, environment, launch, run
 
 TWO_RANKS = ("accelerate", "launch", "--multi_gpu", "--num_processes", "2")
 
@@ -82,7 +89,7 @@ def straight(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "accelerate", "launch", *command(digits, directory, "--train.baseline_steps=30")
     )
     assert code == 0, output
-    assert "semi-supervised GAN" in output and "supervised only" in output
+    assert "semi-supervised GAN" in output and "labeled images alone" in output
     return directory
 
 
@@ -150,6 +157,38 @@ def test_a_signal_saves_and_ends(
     assert summary(tmp_path)["weights_sha256"] == summary(straight)["weights_sha256"]
 
 
+@pytest.mark.slow
+def test_a_kill_in_the_baseline_costs_the_baseline_alone(digits: Path, tmp_path: Path) -> None:
+    arguments = command(digits, tmp_path, "--train.steps=20", "--train.baseline_steps=200")
+    process = launch("python", *arguments)
+    wait_for_step(process, tmp_path / "supervised", 50)
+    kill_all(process)
+    before = metrics(tmp_path)
+    code, output = run("python", *arguments)
+    assert code == 0 and output.count("resuming after step") == 2, output
+    assert metrics(tmp_path) == before and summary(tmp_path)["supervised_test_error"] < 0.95
+
+
+def test_the_bar_fits_a_terminal(digits: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    arguments = command(digits, tmp_path, "--train.steps=30", "--train.evaluate_every=10")
+    python = Path(sys.executable)
+    process = subprocess.Popen(
+        [python, *arguments], cwd=REPOSITORY, env=environment(), stderr=theirs, text=True
+    )
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # the other side of a terminal is gone: an error on Linux
+        while piece := os.read(ours, 4096):
+            seen += piece
+    assert process.wait() == 0
+    bars = [line for line in re.split(r"[\r\n]", seen.decode()) if line.startswith("30/30")]
+    assert bars and len(bars[-1].rstrip()) <= 80
+    for part in ("eta", "sup", "unl", "fake", "gen", "img/s", "wait"):
+        assert part in bars[-1]
+
+
 def test_a_stop_file_saves_and_ends(digits: Path, tmp_path: Path) -> None:
     process = launch("python", *command(digits, tmp_path, "--train.steps=100000"))
     wait_for_step(process, tmp_path, 10)
@@ -170,15 +209,21 @@ def test_two_ranks_by_the_documented_command(digits: Path, tmp_path: Path) -> No
     assert summary(tmp_path)["world_size"] == 2
 
 
-def test_a_launcher_that_is_killed_leaves_no_worker_behind(digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [("accelerate", "launch"), TWO_RANKS])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_launcher_that_ends_leaves_no_worker_behind(
+    launcher: tuple[str, ...], number: signal.Signals, digits: Path, tmp_path: Path
+) -> None:
     arguments = command(digits, tmp_path, "--train.steps=100000")
-    process = launch(*TWO_RANKS, *arguments, ACCELERATE_USE_CPU="true")
+    cpu = {"ACCELERATE_USE_CPU": "true"} if launcher is TWO_RANKS else {}
+    process = launch(*launcher, *arguments, **cpu)
     wait_for_step(process, tmp_path, 10)
     workers = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
+    process.send_signal(number)
     process.communicate(timeout=60)
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert alive == []
+    assert (tmp_path / "latest").exists()  # it saved before it went
 
 
 def test_the_silent_single_process_of_accelerate_is_refused(digits: Path, tmp_path: Path) -> None:
@@ -203,7 +248,8 @@ def test_another_world_than_asked_for_is_refused(digits: Path, tmp_path: Path) -
         ("--train.steps=-5", "train.steps is -5"),
         ("--model.discriminator=nothing", "take one of"),
         ("--model.discriminator_args.depth=3", "do not fit"),
-        ("--data.label_seed=4", "by label seed 0, and the config asks for"),
+        ("--data.label_seed=4", "data.label_seed 0, and the config asks for 4"),
+        ("--data.source=idx:elsewhere", "data.source digits, and the config asks for"),
     ],
 )
 def test_errors_are_one_sentence(override: str, says: str, digits: Path, tmp_path: Path) -> None:
@@ -219,7 +265,7 @@ def test_another_configuration_is_refused_in_the_same_directory(
 ) -> None:
     code, output = run("python", *command(digits, straight, "--seed=5"))
     assert code == 2 and "seed was 0 and is now 5" in output
-    (straight / "FAILED").unlink()
+    assert not (straight / "FAILED").exists()
 
 
 def test_a_run_directory_has_one_run_at_a_time(digits: Path, tmp_path: Path) -> None:
@@ -227,7 +273,7 @@ def test_a_run_directory_has_one_run_at_a_time(digits: Path, tmp_path: Path) -> 
     wait_for_step(first, tmp_path, 10)
     code, output = run("python", *command(digits, tmp_path))
     assert code == 2 and "another process is training" in output
-    assert first.poll() is None
+    assert first.poll() is None and not (tmp_path / "FAILED").exists()
     kill_all(first)
 
 
@@ -235,6 +281,8 @@ def test_dry_run_says_what_would_run(digits: Path, tmp_path: Path) -> None:
     code, output = run("python", *command(digits, tmp_path / "none", "--dry_run"))
     assert code == 0 and "3500 images" in output and "full order" in output
     assert not (tmp_path / "none").exists()
+    bad = command(digits, tmp_path / "none", "--dry_run", "--model.discriminator=nothing")
+    assert run("python", *bad)[0] == 2
 
 
 def test_a_full_disk_is_explained_and_the_last_checkpoint_kept(

@@ -46,7 +46,7 @@ def truncate(path: Path) -> None:
         (damage_bytes, "checksum"),
         (truncate, "checksum"),
         (lambda path: (path / "state.pt").unlink(), "state.pt is missing"),
-        (lambda path: (path / "meta.json").write_text('{"step": 4, "sha'), "meta.json"),
+        (lambda path: (path / "meta.json").write_text('{"step": 4, "sha'), "can't be read"),
         (lambda path: (path / "meta.json").unlink(), "meta.json is missing"),
     ],
 )
@@ -59,6 +59,24 @@ def test_damaged_ones_are_passed_over_with_a_line(harm, says: str, tmp_path: Pat
     # the step is made again, and the damaged one gives way
     save(tmp_path, 4)
     assert checkpoint.latest(tmp_path)[0] == tmp_path / "checkpoints" / "step-00000004"
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_ones_of_later_steps_never_push_out_a_good_one(keep: int, tmp_path: Path) -> None:
+    for step in (8, 9):
+        damage_bytes(save(tmp_path, step))
+    for step in (2, 4):
+        good = save(tmp_path, step, keep)
+        assert checkpoint.latest(tmp_path) == (good, [])
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "\xff"])
+def test_any_garbage_is_passed_over(content: str, tmp_path: Path) -> None:
+    good, bad = save(tmp_path, 2), save(tmp_path, 4)
+    (bad / "meta.json").write_text(content, encoding="latin-1")
+    (tmp_path / "checkpoints" / "step-stray").write_text("")
+    path, passed_over = checkpoint.latest(tmp_path)
+    assert path == good and len(passed_over) == 1
 
 
 def test_a_half_written_one_is_not_a_checkpoint(tmp_path: Path) -> None:

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from sgan_dist.config import Config, load, meaning, parse, save, supervised
+from sgan_dist.config import (
+    Config,
+    check,
+    load,
+    meaning,
+    parse,
+    run_directory,
+    save,
+    supervised,
+)
 from sgan_dist.errors import UserError
 
 
@@ -54,6 +63,9 @@ def test_saved_configs_are_read_back(tmp_path: Path) -> None:
         ("--optim.decay=2", "fraction from 0 to 1"),
         ("--optim.clip_norm=0", "give a positive norm, or null"),
         ("--augment.scale=1", "must be below 1"),
+        ("--teacher_augment.scale=1", "teacher_augment.scale is 1"),
+        ("--optim.betas=[1.5,0.9]", "optim.betas are"),
+        ("--seed=99999999999999999999999", "seed is 9999"),
         ("--data.workers=-1", "data.workers is -1"),
         ("--loss.form=both", "loss.form"),
         ("--config=nowhere.yaml", "nowhere.yaml"),
@@ -61,7 +73,7 @@ def test_saved_configs_are_read_back(tmp_path: Path) -> None:
 )
 def test_bad_values_are_explained(argument: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        parse([argument])
+        check(parse([argument])[0])
 
 
 def test_only_what_changes_the_result_is_its_meaning() -> None:
@@ -73,7 +85,25 @@ def test_only_what_changes_the_result_is_its_meaning() -> None:
 
 
 def test_a_supervised_run_takes_no_unlabeled_images() -> None:
-    assert parse(["--train.supervised_only=true"])[0].data.unlabeled_batch == 0
+    alone = check(parse(["--train.supervised_only=true", "--train.baseline_steps=9"])[0])
+    assert alone.data.unlabeled_batch == 0 and alone.model.generator is None
+    assert alone.train.baseline_steps == 0
     baseline = supervised(parse(["--train.baseline_steps=40", "--name=x"])[0])
     assert baseline.train.supervised_only and baseline.train.steps == 40
     assert baseline.directory == Path("runs/x/supervised")
+
+
+def test_the_run_directory_of_a_refused_command_line_is_known(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("name: from_file\n")
+    bad = "--no.such=1"
+    assert run_directory([bad], file) == Path("runs/from_file")
+    assert run_directory([bad, "--name", "mine"], file) == Path("runs/mine")
+    assert run_directory([bad, "--run_dir=my dir"], file) == Path("my dir")
+    assert run_directory([bad, f"--config={tmp_path}/none.yaml"], file) is None
+
+
+def test_a_file_that_is_not_text_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(UserError, match="bad configuration"):
+        parse([f"--config={tmp_path}/bad.yaml"])

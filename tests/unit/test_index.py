@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import re
+import shutil
 
 import pytest
 
 from sgan_dist.data.index import (
     FULL_ORDER_BYTES,
-    decoded_bytes,
     fingerprint,
     load_index,
     order_for,
@@ -41,7 +42,6 @@ def test_round_trip(root, tmp_path):
     ]
     assert index.labeled.label_histogram == (10,) * 10
     assert index.unlabeled.label_histogram == ()
-    assert decoded_bytes(index, "test") == 1000 * 784
     save(index, root)
     assert load_index(root) == index
 
@@ -81,11 +81,23 @@ def test_absent(tmp_path):
             load_index(folder)
 
 
+def advice(root):
+    return re.escape(f"remove {root} (rm -r '{root}') and prepare the dataset again") + "$"
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"index_version": 99}', '{"index_version": 1}'])
 def test_not_an_index(tmp_path, content):
-    (tmp_path / "index.json").write_text(content)
-    with pytest.raises(UserError, match=r"index.json .*prepare"):
-        load_index(tmp_path)
+    root = tmp_path / "a folder"
+    root.mkdir()
+    (root / "index.json").write_text(content)
+    with pytest.raises(UserError, match=f"index.json .*{advice(root)}") as caught:
+        load_index(root)
+    # preparing stops with the same words, and does what it should when they are followed
+    with pytest.raises(UserError) as again:
+        prepare("digits", root, progress=False)
+    assert str(again.value) == str(caught.value)
+    shutil.rmtree(root)
+    prepare("digits", root, progress=False)
 
 
 def test_changed_by_hand(root):
@@ -101,12 +113,13 @@ def test_another_order_version(root):
         load_index(root)
 
 
-def test_no_labeled_samples(root):
+@pytest.mark.parametrize("split", ["labeled", "validation", "test"])
+def test_empty_splits(root, split):
     index = load_index(root)
-    empty = dataclasses.replace(index.labeled, samples=0, shards=(), label_histogram=(0,) * 10)
-    index = dataclasses.replace(index, labeled=empty)
+    empty = dataclasses.replace(index.split(split), samples=0, shards=(), label_histogram=(0,) * 10)
+    index = dataclasses.replace(index, **{split: empty})
     save(dataclasses.replace(index, fingerprint=fingerprint(index)), root)
-    with pytest.raises(UserError, match="no labeled samples"):
+    with pytest.raises(UserError, match=f"has no {split} samples: remove .* and prepare"):
         load_index(root)
 
 

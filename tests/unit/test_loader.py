@@ -14,7 +14,7 @@ import torch
 
 from sgan_dist.config import DataConfig
 from sgan_dist.data.index import load_index
-from sgan_dist.data.loader import SemiSupervisedLoader
+from sgan_dist.data.loader import SemiSupervisedLoader, check_shares
 from sgan_dist.data.prepare import prepare
 from sgan_dist.errors import UserError
 
@@ -174,6 +174,17 @@ def test_refused_combinations(prepared, windowed, world_size, fields, message):
         SemiSupervisedLoader(loaded(root, *windowed), config(root, **fields), 0, 0, world_size)
 
 
+def test_shares_are_checked_without_data(prepared):
+    index = loaded(prepared["packed"], "unlabeled")
+    for world_size in (1, 2, 24):
+        check_shares(index, config("nowhere"), world_size)
+    with pytest.raises(UserError, match="labeled_batch is 48, which 5 processes"):
+        check_shares(index, config("nowhere"), 5)
+    with pytest.raises(UserError, match="lanes is 7"):
+        check_shares(index, config("nowhere", lanes=7), 1)
+    check_shares(loaded(prepared["packed"]), config("nowhere", lanes=7), 1)
+
+
 def test_an_empty_unlabeled_split_is_refused(prepared):
     index = loaded(prepared["packed"])
     empty = dataclasses.replace(index.unlabeled, samples=0, shards=())
@@ -254,7 +265,9 @@ def test_damage_found_by_a_worker_is_one_sentence(prepared, tmp_path):
         path.write_bytes(b"\xff" * path.stat().st_size)
     with (
         SemiSupervisedLoader(index, config(root, workers=2), 0, 0, 1) as loader,
-        pytest.raises(UserError, match=r"^cannot read shard unlabeled/.*prepare it again$"),
+        pytest.raises(
+            UserError, match=r"^cannot read shard unlabeled/.*prepare the dataset again$"
+        ),
     ):
         next(loader.batches(0))
 

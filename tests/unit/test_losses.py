@@ -100,3 +100,21 @@ def test_half_precision_logits_are_upcast(dtype: torch.dtype) -> None:
     assert losses.supervised(logits, LABELS, N).dtype == torch.float32
     assert losses.log_odds_real(logits, "implied").dtype == torch.float32
     assert losses.feature_matching(logits, logits).dtype == torch.float32
+
+
+def test_alignment_and_sharpening() -> None:
+    p = LOGITS.softmax(1)
+    assert torch.allclose(losses.aligned(p, torch.full((CLASSES,), 1 / CLASSES)), p)
+    skewed = p * torch.arange(1, CLASSES + 1)
+    skewed = skewed / skewed.sum(1, keepdim=True)
+    ratio = skewed / skewed.mean(0)
+    expected = ratio / ratio.sum(1, keepdim=True)
+    assert torch.allclose(losses.aligned(skewed, skewed.mean(0)), expected)
+    assert torch.allclose(losses.sharpened(p, 1.0), p)
+    assert torch.allclose(losses.sharpened(p, 0.5), p**2 / (p**2).sum(1, keepdim=True))
+
+
+def test_soft_cross_entropy_of_hard_targets_is_the_supervised_loss() -> None:
+    targets = F.one_hot(LABELS, CLASSES).double()
+    soft = losses.soft_cross_entropy(LOGITS, targets, N)
+    assert torch.allclose(soft, losses.supervised(LOGITS, LABELS, N))

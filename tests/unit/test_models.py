@@ -10,11 +10,12 @@ from torch import nn
 
 from sgan_dist import ema
 from sgan_dist.augment import augment
+from sgan_dist.backend import frozen
 from sgan_dist.config import AugmentConfig, EmaConfig
 from sgan_dist.distributed import GlobalBatchNorm
 from sgan_dist.errors import UserError
 from sgan_dist.models import build_discriminator, build_generator
-from sgan_dist.models.base import data_dependent_init, dropout, gaussian_noise
+from sgan_dist.models.base import data_dependent_init, dropout, gaussian_noise, normed
 from sgan_dist.noise import Draw, Rows
 
 CPU = torch.device("cpu")
@@ -24,14 +25,15 @@ def a_draw(n: int) -> Draw:
     return Draw(0, "test", 0, {"all": Rows.of(n, 0, 1)}, CPU)
 
 
+@pytest.mark.parametrize("family", ["book", "dcgan", "mlp"])
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
-def test_the_pair_keeps_the_contract(shape: tuple[int, int, int]) -> None:
-    d = build_discriminator("dcgan", shape, 11, {"width": 4})
-    g = build_generator("dcgan", shape, {"width": 4})
+def test_the_pairs_keep_the_contract(family: str, shape: tuple[int, int, int]) -> None:
+    d = build_discriminator(family, shape, 11, {})
+    g = build_generator(family, shape, {})
     images = g(g.latent(a_draw(6)))
     assert images.shape == (6, *shape) and images.abs().max() <= 1
     logits, features = d(images, a_draw(6))
-    assert logits.shape == (6, 11) and features.shape == (6, 16)
+    assert logits.shape == (6, 11) and len(features) == 6 and features.dim() == 2
 
 
 def test_joining_batches_changes_nothing_for_the_discriminator() -> None:
@@ -81,6 +83,51 @@ def test_data_dependent_init_standardizes_every_layer() -> None:
         axes = [a for a in range(out.dim()) if a != 1]
         assert torch.allclose(out.mean(axes), torch.zeros(out.shape[1]), atol=1e-4)
         assert torch.allclose(out.std(axes), torch.ones(out.shape[1]), atol=1e-2)
+
+
+def test_init_leaves_other_layers_alone() -> None:
+    from torch.nn.utils.parametrizations import spectral_norm
+
+    network = nn.Sequential(
+        spectral_norm(nn.Conv2d(1, 4, 3)), nn.Flatten(), normed(nn.Linear(2704, 5, bias=False))
+    )
+    before = network[0].parametrizations.weight.original.clone()
+    images = torch.rand(50, 1, 28, 28)
+    data_dependent_init(network.eval(), images)
+    assert torch.equal(network[0].parametrizations.weight.original, before)
+    assert torch.allclose(network(images).std(0, correction=0), torch.ones(5), atol=1e-4)
+
+
+def test_the_improved_gan_trains_scales_in_the_last_layer_only() -> None:
+    d = build_discriminator("mlp", (1, 28, 28), 10, {"sizes": (30, 20)})
+    frozen = [name for name, p in d.named_parameters() if not p.requires_grad]
+    assert frozen == [f"layers.{i}.parametrizations.weight.original0" for i in range(2)]
+
+
+def test_the_books_batch_norm_normalizes_parts_apart() -> None:
+    d = build_discriminator("book", (1, 28, 28), 10, {"dropout": 0}).double()
+    real = torch.rand(6, 1, 28, 28, dtype=torch.float64)
+    fakes = 5 * torch.rand(4, 1, 28, 28, dtype=torch.float64)
+    joined = Draw(0, "x", 0, {"unlabeled": Rows.of(6, 0, 1), "fake": Rows.of(4, 0, 1)}, CPU)
+    both = d(torch.cat([real, fakes]), joined).logits
+    averages = d.norm2.running_mean.clone()
+    alone = d(real, Draw(0, "x", 0, {"unlabeled": Rows.of(6, 0, 1)}, CPU)).logits
+    assert torch.allclose(both[:6], alone)
+    # running averages follow the real part, and stand still in a frozen network
+    fresh = build_discriminator("book", (1, 28, 28), 10, {"dropout": 0}).double()
+    fresh.load_state_dict(d.state_dict())
+    with frozen(fresh):
+        fresh(real, Draw(0, "x", 0, {"unlabeled": Rows.of(6, 0, 1)}, CPU))
+    assert torch.equal(fresh.norm2.running_mean, d.norm2.running_mean)
+    assert not torch.equal(averages, d.norm2.running_mean)
+
+
+def test_freezing_restores_what_was_trained() -> None:
+    d = build_discriminator("mlp", (1, 28, 28), 10, {"sizes": (30, 20)})
+    before = [p.requires_grad for p in d.parameters()]
+    with frozen(d):
+        assert not any(p.requires_grad for p in d.parameters())
+    assert [p.requires_grad for p in d.parameters()] == before
 
 
 def test_noise_and_dropout() -> None:

@@ -264,6 +264,7 @@ def test_damaged_records_are_named(copy, layout, split, suffix, data, message):
             attempt()
         assert f"cannot read shard {split}/{number:06d}.tar, record " in str(caught.value)
         assert "it is as it was prepared" in str(caught.value)
+        assert f"remove {root} (rm -r {root}) and prepare" in str(caught.value)
 
 
 def test_wrong_number_of_records_is_named(copy):

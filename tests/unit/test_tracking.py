@@ -9,7 +9,7 @@ import pytest
 
 from sgan_dist.config import parse
 from sgan_dist.errors import UserError
-from sgan_dist.tracking import Meters, Tracker, read_metrics
+from sgan_dist.tracking import Meters, Tracker
 
 
 def track(run: Path, start: int, steps: list[int]) -> None:
@@ -21,7 +21,7 @@ def track(run: Path, start: int, steps: list[int]) -> None:
 
 
 def steps(run: Path) -> list[int]:
-    return [line["step"] for line in read_metrics(run)]
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_metrics_are_cut_back_to_the_restored_step(tmp_path: Path) -> None:
@@ -54,6 +54,9 @@ def test_meters_go_on_from_a_checkpoint() -> None:
     assert straight.state == {}
 
 
-def test_metrics_of_no_run_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a run directory"):
-        read_metrics(tmp_path)
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    track(tmp_path, 0, [10, 20])
+    text = (tmp_path / "metrics.jsonl").read_text().replace('"step": 10', '"step" 10')
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(UserError, match=r"damaged in line 1"):
+        track(tmp_path, 20, [30])

@@ -1,0 +1,30 @@
+"""Discriminators as a user might write them."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sgan_dist.distributed import GlobalBatchNorm
+from sgan_dist.models.base import DiscriminatorOutput
+from sgan_dist.noise import Draw
+
+
+class WithBatchNorm(nn.Module):
+    """Takes batch norm by its mode, train or eval, as torch's own layers do."""
+
+    def __init__(self, image_shape: tuple[int, int, int], outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(image_shape[0], 8, 5, stride=4)
+        self.norm = GlobalBatchNorm(8)
+        self.head = nn.Linear(8, outputs)
+
+    def forward(self, images: Tensor, draw: Draw | None = None) -> DiscriminatorOutput:
+        features = F.relu(self.norm(self.conv(images))).mean((2, 3))
+        return DiscriminatorOutput(self.head(features), features)
+
+
+class WithUnusedParameter(WithBatchNorm):
+    def __init__(self, image_shape: tuple[int, int, int], outputs: int) -> None:
+        super().__init__(image_shape, outputs)
+        self.forgotten = nn.Linear(3, 3)
