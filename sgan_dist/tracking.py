@@ -21,19 +21,19 @@ from sgan_dist.config import Config, meaning
 from sgan_dist.errors import UserError
 from sgan_dist.evaluate import Examination
 
-# metric -> its name in a log, its name and format on the narrow bar
+# metric -> in a log file: name, format; on the narrow bar: the same in short, in this order
 WATCHED = {
-    "d/supervised": ("supervised", "sup", "{:.3f}"),
-    "d/unlabeled": ("unlabeled", "unl", "{:.3f}"),
-    "d/fake": ("fake", "fake", "{:.3f}"),
-    "d/consistency": ("consistency", "cons", "{:.3f}"),
-    "g/feature_matching": ("generator", "gen", "{:.3f}"),
-    "g/non_saturating": ("generator", "gen", "{:.3f}"),
-    "time/images_per_s": ("images/s", "img/s", "{:.0f}"),
-    "time/data_wait": ("data wait", "wait", "{:.0%}"),
-    "validation_error": ("validation error", "err", "{:.2%}"),
+    "time/images_per_s": ("images/s", "{:6.0f}", "{:.0f}/s"),
+    "time/data_wait": ("data wait", "{:4.0%}", "wait {:.0%}"),
+    "d/supervised": ("supervised", "{:.3f}", "sup {:.2f}"),
+    "d/unlabeled": ("unlabeled", "{:.3f}", "unl {:.2f}"),
+    "d/fake": ("fake", "{:.3f}", "fake {:.2f}"),
+    "d/consistency": ("consistency", "{:.3f}", "con {:.2f}"),
+    "g/feature_matching": ("generator", "{:.3f}", "gen {:.2f}"),
+    "g/non_saturating": ("generator", "{:.3f}", "gen {:.2f}"),
+    "validation_error": ("validation error", "{:.2%}", "err {:.1%}"),
 }
-BAR = "{n_fmt}/{total_fmt} eta {remaining} {postfix}"
+BAR = "{n_fmt}/{total_fmt} eta {remaining} {desc}"
 
 
 def say(line: str) -> None:
@@ -149,16 +149,10 @@ class Progress:
             return
         if self._bar is not None:
             self._latest |= shown
-            cells = [
-                f"{WATCHED[name][1]} {WATCHED[name][2].format(value)}"
-                for name, value in self._latest.items()
-            ]
-            self._bar.set_postfix_str(" ".join(cells))
+            short = [WATCHED[k][2].format(self._latest[k]) for k in WATCHED if k in self._latest]
+            self._bar.set_description_str(" ".join(short).replace(" 0.", " ."))
             return
-        cells = [
-            f"{WATCHED[name][0]} {WATCHED[name][2].format(value):>6}"
-            for name, value in shown.items()
-        ]
+        cells = [f"{WATCHED[k][0]} {WATCHED[k][1].format(value)}" for k, value in shown.items()]
         left = (time.monotonic() - self._began) / (step - self._start) * (self._total - step)
         width = len(str(self._total))
         say(f"step {step:>{width}}/{self._total}  {'  '.join(cells)}  eta {left:.0f} s")

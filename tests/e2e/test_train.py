@@ -185,7 +185,7 @@ def test_the_bar_fits_a_terminal(digits: Path, tmp_path: Path) -> None:
     assert process.wait() == 0
     bars = [line for line in re.split(r"[\r\n]", seen.decode()) if line.startswith("30/30")]
     assert bars and len(bars[-1].rstrip()) <= 80
-    for part in ("eta", "sup", "unl", "fake", "gen", "img/s", "wait"):
+    for part in ("eta", "/s", "wait", "sup", "unl", "fake", "con", "gen"):
         assert part in bars[-1]
 
 
