@@ -29,6 +29,6 @@ def check(line: dict[str, float], steps: int, state: dict[str, float]) -> list[s
                 f"D has told {DETECTED:.0%} of the fakes from real images for"
                 f" {state['detected_steps']:.0f} steps: the generator lags far behind"
             )
-    if line.get("g/sample_spread", 1) < ALIKE:
+    if line.get("samples/spread", 1) < ALIKE:
         found.append("the generator's images are all alike")
     return found

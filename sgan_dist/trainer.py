@@ -314,7 +314,7 @@ def _sample(
     path = config.directory / "samples" / f"step-{step:08d}.png"
     save_grid(images, path)
     tracker.image(step, "samples", path)
-    return {"g/sample_spread": float(images.float().std(0).mean())}
+    return {"samples/spread": float(images.float().std(0).mean())}
 
 
 def _keep_sample_ids(run: Path, batch: SemiSupervisedBatch) -> None:

@@ -57,8 +57,8 @@ def test_a_generator_that_is_seen_through_for_long() -> None:
 
 
 def test_samples_that_are_all_alike_and_a_dead_generator() -> None:
-    assert "all alike" in alarms.check({"g/sample_spread": 0.001}, 1, {})[0]
-    assert alarms.check({"g/sample_spread": 0.4}, 1, {}) == []
+    assert "all alike" in alarms.check({"samples/spread": 0.001}, 1, {})[0]
+    assert alarms.check({"samples/spread": 0.4}, 1, {}) == []
     assert "no gradient" in alarms.check({"g/gradient_norm": 0.0}, 1, {})[0]
 
 
