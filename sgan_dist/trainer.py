@@ -65,10 +65,8 @@ def fit(config: Config, dry_run: bool = False) -> int:
         return 0
     preemption.watch(config.directory)
     summary = _run(config, index, backend)
-    if summary is not None:
-        on_rank_zero(lambda: make_report(config.directory))
-        if backend.rank == 0:
-            say(rundir.results(config.directory, summary))
+    if summary is not None and backend.rank == 0:
+        say(rundir.results(config.directory, summary))
     backend.close()
     return 0 if summary is not None else preemption.exit_code()
 
@@ -97,6 +95,7 @@ def _run(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, Any
             return None
         summary["supervised_test_error"] = baseline["test_error"]
     on_rank_zero(lambda: rundir.mark_done(run, summary))
+    on_rank_zero(lambda: make_report(run))
     return summary
 
 

@@ -260,6 +260,13 @@ def test_errors_are_one_sentence(override: str, says: str, digits: Path, tmp_pat
     assert says in (tmp_path / "FAILED").read_text() and not (tmp_path / "DONE").exists()
 
 
+def test_a_place_that_can_not_be_written_is_explained(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, output = run("python", *command(digits, tmp_path / "file" / "run"))
+    assert code == 2 and "can't write to the run directory" in output and "--run_dir" in output
+    assert "Traceback" not in output
+
+
 def test_another_configuration_is_refused_in_the_same_directory(
     straight: Path, digits: Path
 ) -> None:
