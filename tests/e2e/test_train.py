@@ -24,6 +24,7 @@ import pytest
 from sgan_dist.export import load_classifier
 from tests.ranks import REPOSITORY, environment, launch, run
 
+ONE_PROCESS = ("accelerate", "launch")
 TWO_RANKS = ("accelerate", "launch", "--multi_gpu", "--num_processes", "2")
 
 
@@ -209,8 +210,15 @@ def test_two_ranks_by_the_documented_command(digits: Path, tmp_path: Path) -> No
     assert summary(tmp_path)["world_size"] == 2
 
 
-@pytest.mark.parametrize("launcher", [("accelerate", "launch"), TWO_RANKS])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        (ONE_PROCESS, signal.SIGKILL),
+        (TWO_RANKS, signal.SIGTERM),
+        pytest.param(ONE_PROCESS, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(TWO_RANKS, signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
 def test_a_launcher_that_ends_leaves_no_worker_behind(
     launcher: tuple[str, ...], number: signal.Signals, digits: Path, tmp_path: Path
 ) -> None:
