@@ -14,7 +14,6 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["sgan_dist.trainer"])
 
 
 def free_port() -> int:
@@ -30,6 +29,7 @@ def run_ranks(
 
     Returns the results in rank order; raises RuntimeError with the traceback of the first failure.
     """
+    CONTEXT.set_forkserver_preload(["sgan_dist.trainer"])
     port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_fork_server():
+    """A process has one fork server; another test file may have started it, without the mask."""
+    forkserver._forkserver._stop()
+    yield
+    forkserver._forkserver._stop()
 
 
 @pytest.fixture(scope="module")
