@@ -33,6 +33,10 @@ def test_without_a_key_it_is_offline(digits: Path, tmp_path: Path) -> None:
     written = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(written) == 1
     assert written[0].stem == "run-" + (tmp_path / "run" / "wandb_id").read_text()
+    pictures = {path.name.split("_")[0] for path in written[0].parent.glob("files/media/*/*")}
+    assert {"samples", "confusion", "mistakes"} <= pictures
+    (table,) = written[0].parent.glob("files/media/table/mistakes_*")
+    assert len(json.loads(table.read_text())["data"]) == 24
 
 
 def test_one_run_over_resumes(digits: Path, tmp_path: Path, server: WandbServer) -> None:
@@ -42,6 +46,7 @@ def test_one_run_over_resumes(digits: Path, tmp_path: Path, server: WandbServer)
         assert code == 0, output
     assert set(server.run_ids) == {(tmp_path / "wandb_id").read_text()}
     assert [line["_step"] for line in server.history if "d/supervised" in line] == [10, 20, 30, 40]
+    assert any("samples" in line for line in server.history)
 
 
 @pytest.mark.slow
