@@ -55,7 +55,11 @@ def fit(config: Config, dry_run: bool = False) -> int:
         UserError: on every rank alike, and before long work where it can be known then.
     """
     backend = Backend(config.train)
-    index = on_rank_zero(lambda: _dataset(config, may_prepare=not dry_run))
+    if dry_run and _must_prepare(config):
+        if backend.rank == 0:
+            say(f"{config.data.root} is not there yet: a run first prepares {config.data.source}")
+        return 0
+    index = on_rank_zero(lambda: _dataset(config))
     check_world(config, index, backend.world_size)
     if backend.rank == 0:
         say(describe(config, index, backend))
@@ -206,14 +210,14 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
     return summary
 
 
-def _dataset(config: Config, may_prepare: bool) -> DatasetIndex:
+def _must_prepare(config: Config) -> bool:
+    return config.data.source is not None and not (Path(config.data.root) / "index.json").exists()
+
+
+def _dataset(config: Config) -> DatasetIndex:
     """The dataset index; the embedded or named source is prepared first where it is missing."""
     data = config.data
-    if data.source is not None and not (Path(data.root) / "index.json").exists():
-        if not may_prepare:
-            raise UserError(
-                f"{data.root} is not there yet: a run prepares {data.source} in it first"
-            )
+    if data.source is not None and _must_prepare(config):
         say(f"preparing {data.source} in {data.root}")
         prepare(
             data.source,

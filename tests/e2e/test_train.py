@@ -296,6 +296,10 @@ def test_dry_run_says_what_would_run(digits: Path, tmp_path: Path) -> None:
     code, output = run("python", *command(digits, tmp_path / "none", "--dry_run"))
     assert code == 0 and "3500 images" in output and "full order" in output
     assert not (tmp_path / "none").exists()
+    absent = (f"--data.root={tmp_path}/absent", "--data.source=digits", "--dry_run")
+    code, output = run("python", "launch/train.py", *absent)
+    assert code == 0 and "a run first prepares digits" in output
+    assert not (tmp_path / "absent").exists()
     bad = command(digits, tmp_path / "none", "--dry_run", "--model.discriminator=nothing")
     assert run("python", *bad)[0] == 2
 
