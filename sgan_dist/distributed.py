@@ -10,6 +10,7 @@ All of it works without a process group too, as a world of one.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,6 +29,11 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_rank_zero() -> bool:
+    """Whether this process may print, from the launcher's environment: no process group is needed."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def all_sum(value: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from sgan_dist import config, distributed, losses
 from sgan_dist.backend import Backend
 from sgan_dist.data.index import DatasetIndex, load_index
 from sgan_dist.data.stream import read_split
-from sgan_dist.distributed import all_sum, together, world_size
+from sgan_dist.distributed import all_sum, is_rank_zero, together, world_size
 from sgan_dist.errors import UserError
 from sgan_dist.export import load_classifier
 
@@ -191,7 +190,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", help="the prepared dataset; by default the run's own")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
-    zero = os.environ.get("RANK", "0") == "0"
+    zero = is_rank_zero()
     try:
         backend = Backend(config.TrainConfig())
         root = args.data or config.load(args.run_dir / "config.yaml").data.root

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -105,11 +104,6 @@ def versions() -> dict[str, str]:
     """Versions of this package and of what it stands on."""
     packages = ("sgan_dist", "torch", "accelerate", "webdataset", "numpy")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
-
-
-def is_rank_zero() -> bool:
-    """Whether this process may print, from the launcher's environment: no process group is needed."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def write_sample_ids(run: Path, step: int, ids: list[tuple[list[int], list[int]]]) -> None:

@@ -17,7 +17,14 @@ from sgan_dist.data.index import DatasetIndex, load_index
 from sgan_dist.data.loader import SemiSupervisedBatch, SemiSupervisedLoader
 from sgan_dist.data.prepare import prepare
 from sgan_dist.data.sources import source_name
-from sgan_dist.distributed import agree, attempt, gather_objects, on_rank_zero, together
+from sgan_dist.distributed import (
+    agree,
+    attempt,
+    gather_objects,
+    is_rank_zero,
+    on_rank_zero,
+    together,
+)
 from sgan_dist.errors import NonFiniteLoss, UserError
 from sgan_dist.evaluate import evaluate, examine, save_grid
 from sgan_dist.export import save_classifier
@@ -38,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         config, dry_run = parse(argv, DEFAULT_CONFIG)
         return fit(check(config), dry_run)
     except UserError as error:
-        if rundir.is_rank_zero():
+        if is_rank_zero():
             say(f"error: {error}")
             run = run_directory(argv, DEFAULT_CONFIG)
             if run is not None and "--dry_run" not in argv:
