@@ -26,7 +26,7 @@ class DataConfig:
     """The prepared dataset and how the global batch is cut from it."""
 
     root: str = "data/digits"
-    """folder of a prepared dataset (index.json beside labeled/ unlabeled/ validation/ test/)"""
+    """folder or URL of a dataset (index.json beside labeled/ unlabeled/ validation/ test/)"""
     source: str | None = None
     """prepared into an absent `root` at start: digits, mnist, fashion-mnist, or idx:DIR"""
     labels_per_class: int = 10
@@ -45,6 +45,18 @@ class DataConfig:
     """shuffle windows of a windowed split, all lanes together, MiB of encoded bytes"""
     workers: int = 0
     """loader processes a rank for windowed splits; splits held in memory need none"""
+    balanced: bool = False
+    """labeled batches in which classes take turns"""
+    max_skips: int = 100
+    """damaged training images that are left out and replaced, before the run is stopped"""
+    cache: str | None = None
+    """node-local folder for remote shards; None: $SGAN_CACHE, else the user's cache folder"""
+    cache_gib: float = 50.0
+    """size of that folder, shared by all ranks and runs of a node; least recently used out first"""
+    tries: int = 6
+    """attempts at a remote file, ever longer apart"""
+    timeout: float = 30.0
+    """seconds without a byte after which an attempt is given up"""
 
 
 @dataclass(frozen=True)
@@ -245,6 +257,9 @@ def check(config: Config) -> Config:
         "data.lanes": d.lanes,
         "data.window_mib": d.window_mib,
         "data.labels_per_class": d.labels_per_class,
+        "data.cache_gib": d.cache_gib,
+        "data.tries": d.tries,
+        "data.timeout": d.timeout,
         "train.steps": t.steps,
         "train.log_every": t.log_every,
         "checkpoint.every": config.checkpoint.every,
@@ -267,6 +282,7 @@ def check(config: Config) -> Config:
             raise UserError(f"{key} is {value}, and must be positive")
     must_not_be_negative = {
         "data.workers": d.workers,
+        "data.max_skips": d.max_skips,
         "train.baseline_steps": t.baseline_steps,
         "train.evaluate_every": t.evaluate_every,
         "train.sample_every": t.sample_every,
@@ -318,7 +334,8 @@ def supervised(config: Config) -> Config:
 # What may change between the runs of one run directory: how long, where and how often, never what.
 FREE_AT_RESUME = {
     "name", "run_dir",
-    "data.root", "data.source", "data.workers",
+    "data.root", "data.source", "data.workers", "data.max_skips",
+    "data.cache", "data.cache_gib", "data.tries", "data.timeout",
     "data.labels_per_class", "data.label_seed", "data.validation",  # the data fingerprint covers them
     "train.steps", "train.baseline_steps", "train.log_every", "train.evaluate_every",
     "train.sample_every", "train.world_size",

@@ -146,21 +146,20 @@ def _host_group() -> Any:
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
-def agree(error: str | None = None, stop: bool = False) -> bool:
+def agree(error: str | None = None, *flags: bool) -> list[bool]:
     """Makes one rank's trouble everyone's, at a point that all ranks reach.
 
-    Returns whether any rank asked to stop. Raises UserError on every rank when any rank brings an
-    error, with the lowest rank's message.
+    Returns for each flag whether any rank raised it. Raises UserError on every rank when any rank
+    brings an error, with the lowest rank's message.
     """
-    if world_size() == 1:
-        flags = [error is not None, stop]
-    else:
-        tensor = torch.tensor([error is not None, stop], dtype=torch.int32)
+    failed, raised = error is not None, list(flags)
+    if world_size() > 1:
+        tensor = torch.tensor([failed, *flags], dtype=torch.int32)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_host_group())
-        flags = [bool(flag) for flag in tensor.tolist()]
-    if flags[0]:
+        failed, *raised = (bool(flag) for flag in tensor.tolist())
+    if failed:
         raise UserError(next(message for message in gather_objects(error) if message is not None))
-    return flags[1]
+    return raised
 
 
 def together(work: Callable[[], T]) -> T:

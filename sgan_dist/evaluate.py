@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from sgan_dist import config, distributed, losses
 from sgan_dist.backend import Backend
 from sgan_dist.data.index import DatasetIndex, load_index
-from sgan_dist.data.stream import read_split
+from sgan_dist.data.storage import Storage
+from sgan_dist.data.stream import open_storage, read_split, transport
 from sgan_dist.distributed import all_sum, is_rank_zero, together, world_size
 from sgan_dist.errors import UserError
 from sgan_dist.export import load_classifier
@@ -99,7 +101,7 @@ class Examination:
 def examine(
     network: nn.Module,
     index: DatasetIndex,
-    root: str,
+    storage: Storage,
     split: str,
     form: losses.Form,
     rank: int = 0,
@@ -112,7 +114,7 @@ def examine(
     weight = next(network.parameters())
     training = network.training
     network.eval()
-    for images, labels, _ in read_split(root, index, split, rank, world_size, BATCH):
+    for images, labels, _ in read_split(storage, index, split, rank, world_size, BATCH):
         assert labels is not None
         x = torch.from_numpy(images).to(weight.device).permute(0, 3, 1, 2).to(weight.dtype)
         logits = losses.class_logits(network(x.div(127.5).sub(1)).logits, form)
@@ -135,7 +137,7 @@ def examine(
 def evaluate(
     network: nn.Module,
     index: DatasetIndex,
-    root: str,
+    storage: Storage,
     split: str,
     form: losses.Form,
     device: torch.device,
@@ -145,7 +147,7 @@ def evaluate(
     `device` is where sums are exchanged: the network's.
     """
     own = together(
-        lambda: examine(network, index, root, split, form, distributed.rank(), world_size())
+        lambda: examine(network, index, storage, split, form, distributed.rank(), world_size())
     )
     sums = np.concatenate([own.confusion.ravel(), own.bins.ravel(), [own.nll]])
     total = all_sum(torch.from_numpy(sums).to(device)).cpu().numpy()
@@ -193,16 +195,19 @@ def main(argv: Sequence[str]) -> int:
     zero = is_rank_zero()
     try:
         backend = Backend(config.TrainConfig())
-        root = args.data or config.load(args.run_dir / "config.yaml").data.root
+        data = config.load(args.run_dir / "config.yaml").data
+        data = dataclasses.replace(data, root=args.data or data.root)
         network, about = load_classifier(args.run_dir / "classifier.safetensors")
-        index = load_index(root)
+        index = load_index(data.root, transport(data))
         if list(index.class_names) != about["class_names"]:
             raise UserError(
-                f"{root} has the classes {', '.join(index.class_names)}, and the classifier knows"
+                f"{data.root} has the classes {', '.join(index.class_names)}, and the classifier knows"
                 f" {', '.join(about['class_names'])}: name its own dataset with --data"
             )
         network.to(backend.device)
-        found = evaluate(network, index, root, args.split, about["form"], backend.device)
+        found = evaluate(
+            network, index, open_storage(data), args.split, about["form"], backend.device
+        )
         backend.close()
     except UserError as error:
         if zero:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -20,8 +21,9 @@ from torch import nn
 
 from sgan_dist import charts, checkpoint
 from sgan_dist.charts import Series, note, percent, picture, section, span, table
-from sgan_dist.config import Config, load
+from sgan_dist.config import Config, DataConfig, load
 from sgan_dist.data.index import DatasetIndex, load_index
+from sgan_dist.data.stream import open_storage, transport
 from sgan_dist.errors import UserError
 from sgan_dist.evaluate import BINS, Evaluation, Mistake, examine
 from sgan_dist.export import load_classifier
@@ -55,7 +57,8 @@ def make_report(run: Path, root: str | None = None) -> Path:
     lines = _metrics(run)
     step = max(line["step"] for line in [summary or {"step": 0}, *lines])
     try:
-        judged, figures = _judge(run, config, root or config.data.root, summary)
+        data = dataclasses.replace(config.data, root=root or config.data.root)
+        judged, figures = _judge(run, config, data, summary)
     except UserError as error:
         if root is not None:
             raise
@@ -80,27 +83,29 @@ def make_report(run: Path, root: str | None = None) -> Path:
     return path
 
 
-def _judge(run: Path, config: Config, root: str, summary: dict[str, Any]) -> tuple[str, Pairs]:
+def _judge(
+    run: Path, config: Config, data: DataConfig, summary: dict[str, Any]
+) -> tuple[str, Pairs]:
     """The sections on how good the classifier is, and the header's figures."""
     if summary:
         split, step, trained_on = "test", summary["step"], summary["data_fingerprint"]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network, _ = load_classifier(run / "classifier.safetensors")
-        index = load_index(root)
+        index = load_index(data.root, transport(data))
     else:
         # on the CPU: a report must not take the device's memory from the run
         split, device = "validation", torch.device("cpu")
         path, damaged = checkpoint.latest(run)
         if path is None:
             return _not_judged("; ".join(["there is no checkpoint yet", *damaged])), []
-        index = load_index(root)
+        index = load_index(data.root, transport(data))
         network, meta = _averaged(path, config, index)
         step, trained_on = meta["step"], meta["meaning"]["data_fingerprint"]
     if index.fingerprint != trained_on:
         raise UserError(
-            f"{root} is not the dataset that {run} was trained on: name that with --data"
+            f"{data.root} is not the dataset that {run} was trained on: name that with --data"
         )
-    found = examine(network.to(device), index, root, split, config.loss.form)
+    found = examine(network.to(device), index, open_storage(data), split, config.loss.form)
     judged = found.evaluation()
     whose = f"the {split} split, {judged.images:,} images, after step {step:,}"
     names = index.class_names

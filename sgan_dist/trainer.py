@@ -13,10 +13,10 @@ import torch
 from sgan_dist import alarms, checkpoint, preemption, rundir
 from sgan_dist.backend import Backend
 from sgan_dist.config import Config, check, meaning, parse, run_directory, supervised
-from sgan_dist.data.index import DatasetIndex, load_index
+from sgan_dist.data.index import DatasetIndex
 from sgan_dist.data.loader import SemiSupervisedBatch, SemiSupervisedLoader
-from sgan_dist.data.prepare import prepare
-from sgan_dist.data.sources import source_name
+from sgan_dist.data.reader import Skip
+from sgan_dist.data.stream import open_storage
 from sgan_dist.distributed import (
     agree,
     attempt,
@@ -30,7 +30,7 @@ from sgan_dist.evaluate import evaluate, examine, save_grid
 from sgan_dist.export import save_classifier
 from sgan_dist.networks import Networks, build, initialize
 from sgan_dist.noise import Draw, Rows
-from sgan_dist.plan import check_world, describe
+from sgan_dist.plan import check_world, coverage, dataset, describe, must_prepare
 from sgan_dist.report import make_report
 from sgan_dist.step import discriminator_step, generator_step, rate
 from sgan_dist.tracking import Meters, Progress, Tracker, say
@@ -62,15 +62,17 @@ def fit(config: Config, dry_run: bool = False) -> int:
         UserError: on every rank alike, and before long work where it can be known then.
     """
     backend = Backend(config.train)
-    if dry_run and _must_prepare(config):
+    if dry_run and must_prepare(config):
         if backend.rank == 0:
             say(f"{config.data.root} is not there yet: a run first prepares {config.data.source}")
         return 0
-    index = on_rank_zero(lambda: _dataset(config))
+    index = on_rank_zero(lambda: dataset(config))
     check_world(config, index, backend.world_size)
     if backend.rank == 0:
         say(describe(config, index, backend))
     if dry_run:
+        if backend.rank == 0:
+            say(coverage(config, index, backend.world_size))
         _refuse_other_run(config, index)
         build(config, index.image_shape, len(index.class_names), backend)
         return 0
@@ -141,7 +143,8 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
             say(f"ALARM at step {step}: {line['alarm']}")
 
     def save() -> None:
-        extra = {"meters": meters.state, "alarms": restored["alarms"], "seconds": seconds()}
+        extra = {"meters": meters.state, "seconds": seconds()}
+        extra |= {name: restored[name] for name in ("alarms", "skipped")}
         state = networks.state() | extra
         about = _about(config, index) | {"environment": rundir.environment(backend)}
         on_rank_zero(lambda: checkpoint.save(run, step, state, about, config.checkpoint.keep))
@@ -156,7 +159,11 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
         clock = time.monotonic()
         batch, problem = attempt(lambda: next(batches))
         waited += time.monotonic() - clock
-        if agree(problem, stop=preemption.stop_requested()):
+        met = batch.skips if batch is not None else ()
+        stop, damage = agree(problem, preemption.stop_requested(), bool(met))
+        if damage:
+            _count_skips(met, restored["skipped"], config, zero)
+        if stop:
             break
         assert batch is not None  # agree raised otherwise
         try:
@@ -175,6 +182,8 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
         line: dict[str, Any] = {}
         if step % train.log_every == 0:
             line |= meters.take() | {"lr": config.optim.lr * rate(step - 1, config)}
+            if restored["skipped"]:
+                line["data/skipped"] = sum(restored["skipped"].values())
             line["time/images_per_s"] = train.log_every * batch_images / busy
             line["time/data_wait"] = waited / busy
             busy = waited = 0.0
@@ -205,6 +214,7 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
         **_errors(networks, config, index, "validation", backend),
         "step": step,
         "images_seen": step * batch_images,
+        "skipped_images": sum(restored["skipped"].values()),
         "wall_seconds": seconds(),
         "world_size": backend.world_size,
         "seed": config.seed,
@@ -215,46 +225,6 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
     }
     tracker.close(summary)
     return summary
-
-
-def _must_prepare(config: Config) -> bool:
-    return config.data.source is not None and not (Path(config.data.root) / "index.json").exists()
-
-
-def _dataset(config: Config) -> DatasetIndex:
-    """The dataset index; the embedded or named source is prepared first where it is missing."""
-    data = config.data
-    if data.source is not None and _must_prepare(config):
-        say(f"preparing {data.source} in {data.root}")
-        prepare(
-            data.source,
-            data.root,
-            labels_per_class=data.labels_per_class,
-            label_seed=data.label_seed,
-            validation=data.validation,
-        )
-    index = load_index(data.root)
-    if data.source is None:
-        return index
-    there = {
-        "data.source": index.source,
-        "data.labels_per_class": index.labels_per_class,
-        "data.label_seed": index.label_seed,
-        "data.validation": index.validation.samples,
-    }
-    asked = {
-        "data.source": source_name(data.source),
-        "data.labels_per_class": data.labels_per_class,
-        "data.label_seed": data.label_seed,
-        "data.validation": data.validation or index.validation.samples,
-    }
-    for key, value in there.items():
-        if asked[key] != value:
-            raise UserError(
-                f"{data.root} was prepared with {key} {value}, and the config asks for {asked[key]}:"
-                f" give another --data.root, or set {key} to what is there"
-            )
-    return index
 
 
 def _about(config: Config, index: DatasetIndex) -> dict[str, Any]:
@@ -278,7 +248,7 @@ def _restore(
         for line in passed_over:
             say(line)
     if path is None:
-        return {"step": 0, "meters": {}, "alarms": {}, "seconds": 0.0}
+        return {"step": 0, "meters": {}, "alarms": {}, "skipped": {}, "seconds": 0.0}
     state = together(lambda: checkpoint.read_state(path))
     try:
         networks.load(state)
@@ -293,7 +263,7 @@ def _restore(
             if meta["environment"][name] != now:
                 before = meta["environment"][name]
                 say(f"{name} was {before} and is now {now}: last bits may differ")
-    kept = {name: state[name] for name in ("meters", "alarms", "seconds")}
+    kept = {name: state[name] for name in ("meters", "alarms", "skipped", "seconds")}
     return {"step": meta["step"], **kept}
 
 
@@ -304,7 +274,7 @@ def _errors(
     found = {}
     for name, network in (("", networks.average), ("_raw", networks.discriminator.network)):
         found[f"{split}_error{name}"] = evaluate(
-            network, index, config.data.root, split, config.loss.form, backend.device
+            network, index, open_storage(config.data), split, config.loss.form, backend.device
         ).error
     return found
 
@@ -327,6 +297,27 @@ def _sample(
     return {"samples/spread": float(images.float().std(0).mean())}
 
 
+def _count_skips(met: Sequence[Skip], skipped: dict[str, int], config: Config, zero: bool) -> None:
+    """Adds the damaged records that any rank has met to `skipped`, each named once and for all.
+
+    Raises UserError on every rank where their samples are more than `data.max_skips`.
+    """
+    last = ""
+    for skip in itertools.chain.from_iterable(gather_objects(tuple(met))):
+        name = f"{skip.shard}, record {skip.record}"
+        if name not in skipped:
+            skipped[name] = skip.samples
+            last = f"{name}: {skip.why}"
+            if zero:
+                say(f"skipped {last} (damaged when it was indexed)")
+    total, limit = sum(skipped.values()), config.data.max_skips
+    if last and total > limit:
+        raise UserError(
+            f"{total} training images are damaged and data.max_skips is {limit}; the last is {last}:"
+            " mend the data, or give a larger data.max_skips"
+        )
+
+
 def _keep_sample_ids(run: Path, batch: SemiSupervisedBatch) -> None:
     """Leaves the sample ids of a batch that broke, rank by rank, in the run directory."""
     ids = gather_objects((batch.labeled_ids.tolist(), batch.unlabeled_ids.tolist()))
@@ -338,7 +329,8 @@ def _keep_classifier(
 ) -> None:
     """The averaged D as a file, and for the dashboard where it is wrong on the test split."""
     save_classifier(config.directory / "classifier.safetensors", networks.average, config, index)
-    found = examine(networks.average, index, config.data.root, "test", config.loss.form)
+    storage = open_storage(config.data)
+    found = examine(networks.average, index, storage, "test", config.loss.form)
     tracker.findings(found, index.class_names)
 
 

@@ -8,15 +8,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
-import secrets
 import sys
-import time
+import tempfile
 import zlib
-from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
+from sgan_dist.data.remote import Transport, fetch
 from sgan_dist.errors import UserError
 
 MIRRORS = {
@@ -54,9 +51,6 @@ SHA256 = {
         ),
     },
 }
-TRIES = 3
-BACKOFF_SECONDS = 1.0  # before the second try; doubled before the third
-TIMEOUT_SECONDS = 30.0
 
 
 def dataset_folder(name: str, progress: bool = False) -> Path:
@@ -67,12 +61,12 @@ def dataset_folder(name: str, progress: bool = False) -> Path:
     given = os.environ.get("SGAN_DATA")
     if given and (Path(given) / name).is_dir():
         return Path(given) / name
-    folder = _cache() / "sgan_dist" / name
+    folder = cache_home() / "sgan_dist" / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, sha256 in SHA256[name].items():
             if not (folder / f"{file}.gz").exists() and not (folder / file).exists():
-                _write(folder / f"{file}.gz", _download(name, f"{file}.gz", sha256, progress))
+                _download(name, folder / f"{file}.gz", sha256, progress)
     except OSError as error:
         raise UserError(
             f"cannot write {folder}: {error.strerror}; set XDG_CACHE_HOME to another folder"
@@ -80,7 +74,8 @@ def dataset_folder(name: str, progress: bool = False) -> Path:
     return folder
 
 
-def _cache() -> Path:
+def cache_home() -> Path:
+    """The folder for what may be fetched again: $XDG_CACHE_HOME, else ~/.cache."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         # the XDG specification: a relative path is to be ignored
@@ -89,53 +84,29 @@ def _cache() -> Path:
         raise UserError("this user has no home folder: set XDG_CACHE_HOME to a folder") from None
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all, whoever else is writing the same file."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _download(name: str, file: str, sha256: str, progress: bool) -> bytes:
-    """The packed file; UserError unless it is the one that is known."""
+def _download(name: str, target: Path, sha256: str, progress: bool) -> None:
+    """Bring the packed file; UserError unless it is the one that is known."""
     mirror = os.environ.get("SGAN_MIRROR", "").rstrip("/")
-    url = f"{mirror}/{name}/{file}" if mirror else f"{MIRRORS[name]}/{file}"
+    url = f"{mirror}/{name}/{target.name}" if mirror else f"{MIRRORS[name]}/{target.name}"
     instead = (
         f"give a folder of the four {name} files as `--source idx:DIR`, or put it at "
         f"$SGAN_DATA/{name}"
     )
     if progress:
         print(f"downloading {url}", file=sys.stderr)
-    for attempt in range(TRIES):
-        time.sleep(BACKOFF_SECONDS * attempt)
-        data, why = _fetch(url)
-        if data is not None:
-            break
-        if why.startswith("HTTP 4"):  # what isn't there won't be there in a second
-            raise UserError(f"cannot download {url} ({why}): {instead}")
-    else:
-        raise UserError(f"cannot download {url} ({why}, {TRIES} tries): {instead}")
-    try:
-        genuine = hashlib.sha256(gzip.decompress(data)).hexdigest() == sha256
-    except (OSError, EOFError, zlib.error):
-        genuine = False
-    if not genuine:
-        raise UserError(
-            f"{url} is not the {name} file (the sha256 of its content differs), and was not "
-            f"kept: try another mirror (SGAN_MIRROR), or {instead}"
-        )
-    return data
-
-
-def _fetch(url: str) -> tuple[bytes | None, str]:
-    """What is at the URL, or None and why not."""
-    try:
-        with urlopen(url, timeout=TIMEOUT_SECONDS) as response:
-            return response.read(), ""
-    except HTTPError as error:
-        return None, f"HTTP {error.code} {error.reason}"
-    except (OSError, HTTPException, ValueError) as error:
-        return None, str(getattr(error, "reason", error))
+    with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as folder:
+        packed = Path(folder) / target.name
+        try:
+            fetch(url, packed, Transport())
+        except UserError as error:
+            raise UserError(f"{error}; or {instead}") from None
+        try:
+            genuine = hashlib.sha256(gzip.decompress(packed.read_bytes())).hexdigest() == sha256
+        except (OSError, EOFError, zlib.error):
+            genuine = False
+        if not genuine:
+            raise UserError(
+                f"{url} is not the {name} file (the sha256 of its content differs), and was not "
+                f"kept: try another mirror (SGAN_MIRROR), or {instead}"
+            )
+        packed.replace(target)

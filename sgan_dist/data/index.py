@@ -12,19 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from sgan_dist.data.order import ORDER_VERSION
+from sgan_dist.data.remote import Transport, is_remote, join, read
 from sgan_dist.errors import UserError
 
 INDEX_NAME = "index.json"
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 SPLITS = ("labeled", "unlabeled", "validation", "test")
 LAYOUTS = ("packed", "per-sample")
 ORDERS = ("full", "windowed")
+DEFAULT = Transport()
 FULL_ORDER_BYTES = 2**30  # up to this decoded size a split is held in memory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar: name relative to the dataset's folder, samples, file size in bytes, sha256."""
+    """One tar: its name, samples, file size in bytes, and sha256.
+
+    The name is relative to the dataset's root; of somebody else's tar it is an absolute path or URL.
+    """
 
     name: str
     samples: int
@@ -49,7 +54,11 @@ class SplitIndex:
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """What a prepared dataset holds. `request` tells in words what it was prepared from."""
+    """What a dataset holds. `request` tells in words what it was prepared from.
+
+    `label` says where a per-sample record keeps its class: `cls`, or `json:KEY`. With `resize`,
+    images of another size are scaled and center-cropped to `image_shape`; without, they are damage.
+    """
 
     labeled: SplitIndex
     unlabeled: SplitIndex
@@ -57,6 +66,8 @@ class DatasetIndex:
     test: SplitIndex
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
+    label: str
+    resize: bool
     source: str
     request: str
     label_seed: int
@@ -84,7 +95,8 @@ def fingerprint(index: DatasetIndex) -> str:
         }
         for name in SPLITS
     }
-    content = [index.order_version, index.image_shape, index.class_names, splits]
+    images = [index.image_shape, index.class_names, index.label, index.resize]
+    content = [index.order_version, *images, splits]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -107,22 +119,26 @@ def prepare_again(root: str | os.PathLike[str]) -> str:
     return f"remove {root} (rm -r {shlex.quote(str(root))}) and prepare the dataset again"
 
 
-def load_index(root: str | os.PathLike[str]) -> DatasetIndex:
-    """Read and check a prepared dataset's index; shard sizes are checked, contents are not.
+def sidecar_name(split: str, number: int) -> str:
+    """Where, below the root, the record offsets of a split's shard lie, whosever tar it is."""
+    return f"{split}/{number:06d}.tar.offsets.npy"
+
+
+def load_index(root: str | os.PathLike[str], transport: Transport = DEFAULT) -> DatasetIndex:
+    """Read and check a dataset's index; sizes of local shards are checked, contents are not.
 
     Raises UserError where the dataset is absent, damaged, or of another version.
     """
-    root = Path(root)
-    path = root / INDEX_NAME
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    root = os.fspath(root)
+    path = join(root, INDEX_NAME)
+    text = _read_local(root, path) if not is_remote(path) else read(path, transport)
+    if text is None:
         raise UserError(
             f"no dataset at {root}: prepare one with "
-            f"`python launch/prepare_shards.py --source ... --out {root}`"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+            "`python launch/prepare_shards.py --source ... --out DIR`"
+        )
+    try:
+        content = json.loads(text)
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): {prepare_again(root)}") from None
     version = content.get("index_version") if isinstance(content, dict) else None
@@ -155,6 +171,15 @@ def load_index(root: str | os.PathLike[str]) -> DatasetIndex:
     return index
 
 
+def _read_local(root: str, path: str) -> bytes | None:
+    try:
+        return Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
 def _from_json(content: dict[str, Any]) -> DatasetIndex:
     fields = {name: value for name, value in content.items() if name != "index_version"}
     for name in SPLITS:
@@ -176,10 +201,14 @@ def _consistent(name: str, split: SplitIndex) -> SplitIndex:
     return split
 
 
-def _check_shards(root: Path, index: DatasetIndex) -> None:
+def _check_shards(root: str, index: DatasetIndex) -> None:
+    """Local shards are there and of the right size; remote ones are checked as they arrive."""
     for shard in (shard for name in SPLITS for shard in index.split(name).shards):
+        location = join(root, shard.name)
+        if is_remote(location):
+            continue
         try:
-            size = (root / shard.name).stat().st_size
+            size = Path(location).stat().st_size
         except OSError as error:
             raise UserError(
                 f"shard {shard.name} of the dataset at {root} cannot be found "

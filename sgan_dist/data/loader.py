@@ -10,7 +10,6 @@ import atexit
 import itertools
 import math
 import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,20 +20,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from sgan_dist.config import DataConfig
 from sgan_dist.data.index import DatasetIndex
-from sgan_dist.data.stream import FullStream, Samples, WindowedStream
+from sgan_dist.data.lanes import (
+    LaneParts,
+    Parts,
+    check_alive,
+    prepare_worker,
+    tensors,
+)
+from sgan_dist.data.reader import Skip
+from sgan_dist.data.stream import FullStream, open_storage
 from sgan_dist.errors import UserError
 
 KILL_AFTER_SECONDS = 3.0  # workers that have not ended by then at close() are killed
-# torch passes a worker's message on as shared memory (/dev/shm), which costs milliseconds whatever
-# its size, so a message carries several steps
-MESSAGE_BYTES = 8 * 2**20
-MESSAGE_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class SemiSupervisedBatch:
 
     labeled: uint8 (b_l, H, W, C); labels: int64 (b_l,); unlabeled: uint8 (b_u, H, W, C), b_u = 0
     without an unlabeled stream; ids: int64, a sample's number in its split. Pinned under CUDA.
+    skips: damaged records that this rank met for the first time.
     """
 
     step: int
@@ -51,10 +54,7 @@ class SemiSupervisedBatch:
     unlabeled: Tensor
     labeled_ids: Tensor
     unlabeled_ids: Tensor
-
-
-# images, labels (empty for unlabeled), ids
-_Part = tuple[Tensor, Tensor, Tensor]
+    skips: tuple[Skip, ...] = ()
 
 
 class SemiSupervisedLoader:
@@ -69,15 +69,21 @@ class SemiSupervisedLoader:
         self, index: DatasetIndex, config: DataConfig, seed: int, rank: int, world_size: int
     ) -> None:
         check_shares(index, config, world_size)
-        self._batches = _batches(config)
+        self._batches = split_batches(config)
         self._windowed = _windowed(index, config)
         self._index, self._config, self._seed = index, config, seed
         self._rank, self._world_size = rank, world_size
-        self._full = {
-            split: FullStream(config.root, index, split, seed, batch)
-            for split, batch in self._batches.items()
-            if split not in self._windowed
-        }
+        storage = open_storage(config)
+        try:
+            self._full = {
+                split: FullStream(
+                    storage, index, split, seed, batch, config.balanced and split == "labeled"
+                )
+                for split, batch in self._batches.items()
+                if split not in self._windowed
+            }
+        finally:
+            storage.close()
         # out of pinned (page-locked) memory a GPU copies while this process goes on
         self._pin = torch.cuda.is_available()
         self._iterator: Any = None
@@ -86,8 +92,9 @@ class SemiSupervisedLoader:
     def batches(self, start_step: int) -> Iterator[SemiSupervisedBatch]:
         """Batches from `start_step` on, without end; a later call ends earlier workers."""
         self.close()
+        self._told: set[Skip] = set()
         lanes = self._config.lanes // self._world_size
-        dataset = _LaneParts(
+        dataset = LaneParts(
             self._index,
             self._config,
             self._seed,
@@ -99,7 +106,7 @@ class SemiSupervisedLoader:
         workers = self._config.workers if self._windowed else 0
         if workers:
             self._start(dataset, workers)
-        parts = self._worker_parts(dataset, workers) if workers else map(_as_single, dataset)
+        parts = self._worker_parts(dataset, workers) if workers else ([part] for part in dataset)
         return (self._batch(step, next(parts)) for step in itertools.count(start_step))
 
     def close(self) -> None:
@@ -127,7 +134,7 @@ class SemiSupervisedLoader:
     ) -> None:
         self.close()
 
-    def _batch(self, step: int, windowed: list[dict[str, _Part]]) -> SemiSupervisedBatch:
+    def _batch(self, step: int, windowed: list[Parts]) -> SemiSupervisedBatch:
         """One step's batch: slices of the splits in memory, parts of the windowed ones joined."""
         height, width, channels = self._index.image_shape
         empty = torch.empty(0, dtype=torch.int64)
@@ -136,14 +143,20 @@ class SemiSupervisedLoader:
             if split in self._full:
                 share = batch // self._world_size
                 start = self._rank * share
-                parts = [_tensors(self._full[split].take(step, start, start + share))]
+                parts = [tensors(self._full[split].take(step, start, start + share))]
             else:
-                parts = [part[split] for part in windowed]
+                parts = [part[split] for part, _ in windowed]
             images, labels, ids = zip(*parts, strict=True)
             found[split] = self._joined(images), self._joined(labels), self._joined(ids)
         labeled, classes, labeled_ids = found["labeled"]
         unlabeled, _, unlabeled_ids = found["unlabeled"]
-        return SemiSupervisedBatch(step, labeled, classes, unlabeled, labeled_ids, unlabeled_ids)
+        met = [skip for stream in self._full.values() for skip in stream.skips]
+        met += [skip for _, skips in windowed for skip in skips]
+        new = tuple(skip for skip in dict.fromkeys(met) if skip not in self._told)
+        self._told.update(new)
+        return SemiSupervisedBatch(
+            step, labeled, classes, unlabeled, labeled_ids, unlabeled_ids, new
+        )
 
     def _joined(self, parts: tuple[Tensor, ...]) -> Tensor:
         """The parts end to end, in pinned memory under CUDA."""
@@ -155,7 +168,7 @@ class SemiSupervisedLoader:
         np.concatenate([part.numpy() for part in parts], out=joined.numpy())
         return joined
 
-    def _start(self, dataset: _LaneParts, workers: int) -> None:
+    def _start(self, dataset: LaneParts, workers: int) -> None:
         # forkserver: this process has threads, which fork doesn't survive; what is preloaded is
         # imported once, not by every worker
         context = multiprocessing.get_context("forkserver")
@@ -165,7 +178,7 @@ class SemiSupervisedLoader:
             batch_size=None,  # what the dataset yields is passed on as it is
             num_workers=workers,
             multiprocessing_context=context,
-            worker_init_fn=_prepare_worker,
+            worker_init_fn=prepare_worker,
         )
         # the fork server and its children inherit the mask: a TERM or INT to the whole group is
         # for this process alone. The tracker comes first, as starting it clears the mask
@@ -179,7 +192,7 @@ class SemiSupervisedLoader:
         # at exit, multiprocessing would TERM them and wait, and they ignore that
         atexit.register(self.close)
 
-    def _worker_parts(self, dataset: _LaneParts, workers: int) -> Iterator[list[dict[str, _Part]]]:
+    def _worker_parts(self, dataset: LaneParts, workers: int) -> Iterator[list[Parts]]:
         """For every step, the parts of all workers, in the order of their lanes."""
         iterator, processes = self._iterator, self._processes
         while True:
@@ -188,175 +201,41 @@ class SemiSupervisedLoader:
             for worker in range(workers):
                 if self._iterator is not iterator:
                     raise RuntimeError("this iterator's loader was closed")
-                _check_alive(processes)
+                check_alive(processes)
                 try:
                     message = next(iterator)
                 except (RuntimeError, OSError, EOFError):
                     # a moment for the news of its death, when it is a worker's that broke the pipe
                     connection.wait([process.sentinel for process in processes], timeout=1)
-                    _check_alive(processes)
+                    check_alive(processes)
                     raise
                 if isinstance(message, str):
                     raise UserError(message)
-                messages.append(dataset.views(message.numpy(), worker, workers))
+                array, skips = message
+                messages.append((dataset.views(array.numpy(), worker, workers), skips))
             for number in range(dataset.message_steps):
                 yield [
-                    {split: _tensors(tuple(a[number] for a in part)) for split, part in m.items()}
-                    for m in messages
+                    (
+                        {s: tensors(tuple(a[number] for a in part)) for s, part in views.items()},
+                        skips[number],
+                    )
+                    for views, skips in messages
                 ]
 
 
-class _LaneParts(IterableDataset[Any]):
-    """A rank's lanes of the windowed splits: for every step, from `start_step` on, its parts.
-
-    In a worker: messages of several steps of the worker's share of the lanes, as one uint8 array
-    each (see `views`); a UserError comes as its text, since torch would wrap it in a traceback.
-    """
-
-    def __init__(
-        self,
-        index: DatasetIndex,
-        config: DataConfig,
-        seed: int,
-        batches: dict[str, int],
-        first_lane: int,
-        lanes: int,
-        start_step: int,
-    ) -> None:
-        self._index, self._config, self._seed = index, config, seed
-        self._batches = batches
-        self._first_lane, self._lanes = first_lane, lanes
-        self._start_step = start_step
-        step_bytes = sum(batches.values()) * lanes // config.lanes * math.prod(index.image_shape)
-        self.message_steps = min(MESSAGE_STEPS, max(1, MESSAGE_BYTES // max(1, step_bytes)))
-
-    def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        if worker is None:  # not in a worker
-            for part in self._parts(0, 1):
-                yield {split: _tensors(samples) for split, samples in part.items()}
-            return
-        try:
-            yield from self._messages(worker.id, worker.num_workers)
-        except UserError as error:
-            yield str(error)
-
-    def views(
-        self, message: NDArray[np.uint8], worker: int, workers: int
-    ) -> dict[str, list[NDArray[Any]]]:
-        """A message's images, labels (none of unlabeled) and ids, each with one row a step."""
-        found: dict[str, list[NDArray[Any]]] = {split: [] for split in self._batches}
-        for split, dtype, shape, place in self._fields(worker, workers):
-            found[split].append(message[place].view(dtype).reshape(shape))
-        return found
-
-    def _fields(
-        self, worker: int, workers: int
-    ) -> list[tuple[str, type[Any], tuple[int, ...], slice]]:
-        """Of every array in a message: its split, type, shape, and place in bytes."""
-        first, stop = self._share(worker, workers)
-        fields = []
-        at = 0
-        for split, batch in self._batches.items():
-            samples = batch // self._config.lanes * (stop - first)
-            labels = samples if split == "labeled" else 0
-            arrays: tuple[tuple[type[Any], tuple[int, ...]], ...] = (
-                (np.uint8, (samples, *self._index.image_shape)),
-                (np.int64, (labels,)),
-                (np.int64, (samples,)),
-            )
-            for dtype, row in arrays:
-                shape = (self.message_steps, *row)
-                size = math.prod(shape) * np.dtype(dtype).itemsize
-                fields.append((split, dtype, shape, slice(at, at + size)))
-                at += -(-size // 8) * 8  # int64 needs aligned places
-        return fields
-
-    def _messages(self, worker: int, workers: int) -> Iterator[Tensor]:
-        size = self._fields(worker, workers)[-1][-1].stop
-        parts = self._parts(worker, workers)
-        while True:
-            message = np.empty(size, np.uint8)
-            views = self.views(message, worker, workers)
-            for number, part in enumerate(itertools.islice(parts, self.message_steps)):
-                for split, samples in part.items():
-                    for view, array in zip(views[split], samples, strict=True):
-                        if array is not None:
-                            view[number] = array
-            yield torch.from_numpy(message)
-
-    def _share(self, worker: int, workers: int) -> tuple[int, int]:
-        """The worker's lanes [first, stop)."""
-        first = self._first_lane + self._lanes * worker // workers
-        return first, self._first_lane + self._lanes * (worker + 1) // workers
-
-    def _parts(self, worker: int, workers: int) -> Iterator[dict[str, Samples]]:
-        config = self._config
-        streams = {
-            split: WindowedStream(
-                config.root,
-                self._index,
-                split,
-                self._seed,
-                batch,
-                config.lanes,
-                config.window_mib,
-                *self._share(worker, workers),
-            )
-            for split, batch in self._batches.items()
-        }
-        for step in itertools.count(self._start_step):
-            yield {split: stream.take(step) for split, stream in streams.items()}
-
-
-def _as_single(part: Any) -> list[dict[str, _Part]]:
-    return [part]
-
-
-def _tensors(samples: tuple[Any, ...]) -> _Part:
-    images, labels, ids = samples
-    labels = np.empty(0, np.int64) if labels is None else labels
-    return torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(ids)
-
-
-def _prepare_worker(worker: int) -> None:
-    """In a new worker: only the parent decides when it ends, and it ends with its parent."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        # torch watches the process that forked this one, which is the fork server
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _check_alive(processes: list[Any]) -> None:
-    for process in processes:
-        if not process.is_alive():
-            raise UserError(
-                f"data worker {process.pid} died (exit code {process.exitcode}): it was killed or "
-                "ran out of memory or of /dev/shm; start again, with fewer data.workers or a "
-                "smaller data.window_mib if it happens again"
-            )
-
-
-def _batches(config: DataConfig) -> dict[str, int]:
+def split_batches(config: DataConfig) -> dict[str, int]:
     """The global batch of each split that is trained on."""
     batches = {"labeled": config.labeled_batch, "unlabeled": config.unlabeled_batch}
     return {split: batch for split, batch in batches.items() if batch}
 
 
 def _windowed(index: DatasetIndex, config: DataConfig) -> tuple[str, ...]:
-    return tuple(split for split in _batches(config) if index.split(split).order == "windowed")
+    return tuple(split for split in split_batches(config) if index.split(split).order == "windowed")
 
 
 def check_shares(index: DatasetIndex, config: DataConfig, world_size: int) -> None:
     """Raise UserError unless batches, lanes and workers can be shared out; reads no data."""
-    batches, windowed = _batches(config), _windowed(index, config)
+    batches, windowed = split_batches(config), _windowed(index, config)
     for split, batch in batches.items():
         if index.split(split).samples == 0:
             raise UserError(
@@ -370,6 +249,11 @@ def check_shares(index: DatasetIndex, config: DataConfig, world_size: int) -> No
             )
     if not windowed:
         return
+    if config.balanced and "labeled" in windowed:
+        raise UserError(
+            "data.balanced needs the labeled split in memory, and it is read in the windowed order: "
+            "set data.balanced to false"
+        )
     lanes, common = config.lanes, math.gcd(*(batches[split] for split in windowed))
     if lanes % world_size or common % lanes:
         allowed = [lanes for lanes in _divisors(common) if lanes % world_size == 0]

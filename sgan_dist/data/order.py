@@ -21,6 +21,7 @@ Int64s = NDArray[np.int64]
 ORDER_VERSION = 1
 
 _CACHED_EPOCHS = 4  # a batch or a set of lanes rarely straddles more than two
+_CACHED_ROUNDS = 64
 
 
 class Piece(NamedTuple):
@@ -79,6 +80,45 @@ class FullOrder:
             parts.append(self._permutation(epoch)[inside : inside + count])
             position += count
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+class BalancedOrder:
+    """The order of a labeled split held in memory in which classes take turns.
+
+    Global position p = step * batch + k is in round p // C of the C classes that have samples; a
+    keyed permutation of the round tells the class, and a class's own samples are taken in a keyed
+    permutation for each of its own epochs.
+    """
+
+    def __init__(self, labels: Int64s, seed: int, split: str, batch: int) -> None:
+        self._batch = batch
+        self._members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        self._round = functools.lru_cache(_CACHED_ROUNDS)(
+            lambda number: permutation(len(self._members), seed, split, "balanced", number)
+        )
+        self._own = functools.lru_cache(_CACHED_EPOCHS * len(self._members))(
+            lambda place, epoch: permutation(
+                len(self._members[place]), seed, split, "balanced", place, epoch
+            )
+        )
+
+    def take(self, step: int, start: int, stop: int) -> Int64s:
+        """Samples of positions [start, stop) of the global batch of `step`, int64."""
+        positions = step * self._batch + np.arange(start, stop)
+        rounds, turns = np.divmod(positions, len(self._members))
+        found = np.empty(stop - start, np.int64)
+        if not len(found):
+            return found
+        first = int(rounds[0])
+        table = np.stack([self._round(number) for number in range(first, int(rounds[-1]) + 1)])
+        places = table[rounds - first, turns]
+        for place in np.unique(places).tolist():
+            members, mine = self._members[place], places == place
+            epochs, inside = np.divmod(rounds[mine], len(members))
+            own = {epoch: self._own(place, epoch) for epoch in set(epochs.tolist())}
+            order = [own[epoch][at] for epoch, at in zip(epochs.tolist(), inside, strict=True)]
+            found[mine] = members[order]
+        return found
 
 
 def lane_start(n: int, lanes: int, lane: int, epoch: int) -> int:
@@ -162,6 +202,19 @@ class WindowedOrder:
                 if upto > begin:
                     found.append(Piece(shard, begin - shard_begin, upto - begin))
                 begin, place = upto, place + 1
+        return found
+
+    def following(self, lane: int, position: int, samples: int) -> list[int]:
+        """Shards of a lane's `samples` from its own position on, in this epoch and the next."""
+        now, window, inside = self.locate(lane, position)
+        first = window * self.window + inside
+        found = []
+        for epoch in (now, now + 1):
+            cut = lane_cut(self.samples, self.lanes, lane, epoch)
+            last = min(first + samples, lane_length(self.samples, self.lanes, lane, epoch))
+            found += [piece.shard for piece in self.pieces(epoch, cut + first, cut + last)]
+            samples -= last - first
+            first = 0
         return found
 
     def _build_line(self, epoch: int) -> tuple[Int64s, Int64s, int]:

@@ -124,6 +124,8 @@ def prepare(
                     **splits,
                     image_shape=shape,
                     class_names=source.class_names,
+                    label="cls",
+                    resize=False,
                     source=source.name,
                     request=request,
                     label_seed=label_seed,

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from sgan_dist import checkpoint
-from sgan_dist.config import Config
+from sgan_dist.config import Config, DataConfig
 from sgan_dist.data.index import load_index
+from sgan_dist.data.stream import open_storage
 from sgan_dist.errors import NonFiniteLoss, UserError
 from sgan_dist.evaluate import evaluate
 from sgan_dist.export import load_classifier
@@ -88,7 +89,14 @@ def errors_of(rank: int, root: str, run: Path) -> tuple[float, list[list[int]]]:
 
     backend = Backend(TrainConfig())
     network, about = load_classifier(run / "classifier.safetensors")
-    found = evaluate(network, load_index(root), root, "test", about["form"], backend.device)
+    found = evaluate(
+        network,
+        load_index(root),
+        open_storage(DataConfig(root=root)),
+        "test",
+        about["form"],
+        backend.device,
+    )
     return found.error, found.confusion
 
 

@@ -73,7 +73,7 @@ def tensors(batch):
     return {
         field.name: getattr(batch, field.name)
         for field in dataclasses.fields(batch)
-        if field.name != "step"
+        if field.name not in ("step", "skips")
     }
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgan_dist.data.order import (
+    BalancedOrder,
     FullOrder,
     WindowedOrder,
     keyed_integer,
@@ -141,3 +142,42 @@ def test_a_billion_samples_take_little_memory():
     tracemalloc.stop()
     assert order.samples == 10**9
     assert peak < 32 * 2**20
+
+
+@pytest.mark.parametrize("sizes", [[10] * 10, [1, 2, 3], [7], [100, 1, 5, 9]])
+def test_balanced_order(sizes):
+    labels = np.repeat(np.arange(len(sizes)) * 3, sizes)  # not every class has samples
+    labels = labels[permutation(len(labels), "mix")]
+    order = BalancedOrder(labels, 3, "labeled", batch=16)
+    taken = np.concatenate([order.take(step, 0, 16) for step in range(60)])
+    # classes take turns: every round of as many samples as there are classes has one of each
+    rounds = labels[taken][: len(taken) // len(sizes) * len(sizes)].reshape(-1, len(sizes))
+    assert (np.sort(rounds, axis=1) == np.unique(labels)).all()
+    assert len(sizes) == 1 or len({tuple(row) for row in rounds.tolist()}) > 1
+    # within a class, each of its samples once an epoch of its own
+    for label in np.unique(labels):
+        own, members = taken[labels[taken] == label], np.flatnonzero(labels == label)
+        for at in range(0, len(own) - len(members) + 1, len(members)):
+            assert sorted(own[at : at + len(members)]) == members.tolist()
+    # a function of step and place alone
+    parts = [
+        BalancedOrder(labels, 3, "labeled", 16).take(31, *cut) for cut in ((0, 5), (5, 5), (5, 16))
+    ]
+    assert (np.concatenate(parts) == taken[31 * 16 : 32 * 16]).all()
+    other = BalancedOrder(labels, 4, "labeled", 16)
+    assert (
+        len(labels) < 9
+        or (np.concatenate([other.take(s, 0, 16) for s in range(9)]) != taken[:144]).any()
+    )
+
+
+def test_following_shards():
+    order = WindowedOrder([30, 20, 50, 10], lanes=3, window=7, seed=0, split="unlabeled")
+    for lane in range(3):
+        for position in range(0, 80, 9):
+            wanted = []
+            for at in range(position, position + 20):
+                epoch, window, inside = order.locate(lane, at)
+                start, _ = order.window_line(lane, epoch, window)
+                wanted += [p.shard for p in order.pieces(epoch, start + inside, start + inside + 1)]
+            assert set(order.following(lane, position, 20)) == set(wanted)

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import webdataset
 
+from sgan_dist.config import DataConfig
 from sgan_dist.data.index import load_index
 from sgan_dist.data.order import permutation
 from sgan_dist.data.prepare import main, prepare
 from sgan_dist.data.sources import load_source
-from sgan_dist.data.stream import read_split
+from sgan_dist.data.stream import open_storage, read_split
 from sgan_dist.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -39,7 +40,7 @@ def tree(root):
 
 
 def read(root, index, split):
-    parts = list(read_split(root, index, split, 0, 1))
+    parts = list(read_split(open_storage(DataConfig(root=str(root))), index, split, 0, 1))
     images = np.concatenate([part[0] for part in parts])
     labels = None if split == "unlabeled" else np.concatenate([part[1] for part in parts])
     return images, labels

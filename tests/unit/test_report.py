@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from sgan_dist import charts
-from sgan_dist.config import load
+from sgan_dist.config import DataConfig, load
 from sgan_dist.data.index import load_index
+from sgan_dist.data.stream import open_storage
 from sgan_dist.errors import UserError
 from sgan_dist.evaluate import MISTAKES, evaluate, examine
 from sgan_dist.export import load_classifier
@@ -118,10 +119,11 @@ def test_the_page_stands_alone_and_is_small(finished: Path) -> None:
 def test_findings_agree_with_the_evaluation(finished: Path, digits: Path) -> None:
     index = load_index(digits)
     network, about = load_classifier(finished / "classifier.safetensors")
-    found = examine(network, index, str(digits), "test", about["form"])
+    storage = open_storage(DataConfig(root=str(digits)))
+    found = examine(network, index, storage, "test", about["form"])
     judged = found.evaluation()
     cpu = torch.device("cpu")
-    expected = evaluate(network, index, str(digits), "test", about["form"], cpu)
+    expected = evaluate(network, index, storage, "test", about["form"], cpu)
     assert judged.confusion == expected.confusion
     assert judged.error == expected.error
     assert judged.nll == pytest.approx(expected.nll, rel=1e-9)

@@ -1,20 +1,19 @@
 """Sources by name: what they are called, where their files come from, and what is refused."""
 
 import gzip
-import http.server
 import os
 import socket
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sgan_dist.data import download
+from sgan_dist.data import download, remote
 from sgan_dist.data.prepare import main
 from sgan_dist.data.sources import load_source, source_name
 from sgan_dist.errors import UserError
+from tests.servers import drop, garble, http_server, s3_server, status
 
 REAL = os.environ.get("SGAN_DATA")
 needs_real = pytest.mark.skipif(REAL is None, reason="SGAN_DATA is not set")
@@ -23,59 +22,27 @@ FIRST = "train-images-idx3-ubyte.gz"
 pytestmark = pytest.mark.timeout(60)
 
 
-class Mirror:
-    """A web server: answers[path] is a status, a body, or a list of them, the last one for ever."""
-
-    def __init__(self):
-        self.answers = {}
-        self.asked = []
-        mirror = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                mirror.asked.append(self.path)
-                answer = mirror.answers.get(self.path, 404)
-                if isinstance(answer, list):
-                    answer = answer.pop(0) if len(answer) > 1 else answer[0]
-                if isinstance(answer, int):
-                    self.send_error(answer)
-                    return
-                self.send_response(200)
-                cut = answer[-3:] == b"CUT"  # the connection ends before the body does
-                self.send_header("Content-Length", str(len(answer) + cut))
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/copies"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def serve(self, name):
-        """The real files of the source of that name."""
-        for path in (Path(REAL) / name).iterdir():
-            self.answers[f"/copies/{name}/{path.name}"] = path.read_bytes()
-
-
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache, no SGAN_DATA, no waiting between tries; the cache's folder of sources."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv("SGAN_DATA", raising=False)
-    monkeypatch.setattr(download, "BACKOFF_SECONDS", 0)
+    monkeypatch.setattr(remote, "BACKOFF_SECONDS", 0.0)
     return tmp_path / "cache" / "sgan_dist"
 
 
 @pytest.fixture
-def mirror(cache, monkeypatch):
-    mirror = Mirror()
-    monkeypatch.setenv("SGAN_MIRROR", mirror.url + "/")
-    yield mirror
-    mirror.server.shutdown()
-    mirror.server.server_close()
+def mirror(cache, tmp_path, monkeypatch):
+    """A server whose folder `copies` is the mirror; empty, until `serve`."""
+    (tmp_path / "mirror" / "copies").mkdir(parents=True)
+    with http_server(tmp_path / "mirror") as mirror:
+        monkeypatch.setenv("SGAN_MIRROR", f"{mirror.url}/copies/")
+        yield mirror
+
+
+def serve(mirror, name):
+    """The real files of the source of that name."""
+    (mirror.folder / "copies" / name).symlink_to(Path(REAL) / name)
 
 
 def kept(folder):
@@ -126,37 +93,37 @@ def test_named_source_in_a_given_folder(mirror, cache, monkeypatch, name, first,
     assert source.test_images.shape == (10000, 28, 28, 1)
     assert len(source.class_names) == len(set(source.class_names)) == 10
     assert np.bincount(source.test_labels).tolist() == counts
-    assert not mirror.asked and not cache.exists()
+    assert not mirror.requests and not cache.exists()
 
 
 @needs_real
 def test_downloads_what_is_missing(mirror, cache, tmp_path, monkeypatch, capsys):
-    mirror.serve("mnist")
+    serve(mirror, "mnist")
     # a folder of data without this source in it changes nothing
     monkeypatch.setenv("SGAN_DATA", str(tmp_path))
     labels = "/copies/mnist/t10k-labels-idx1-ubyte.gz"
-    body = mirror.answers[labels]
-    mirror.answers[labels] = [500, body[:100] + b"CUT", body]
+    mirror.faults[labels] = [status(500), drop]
     source = load_source("mnist", progress=True)
     files = sorted(f"{file}.gz" for file in download.SHA256["mnist"])
     assert kept(cache) == files
-    assert len(mirror.asked) == 6 and mirror.asked.count(labels) == 3
-    assert f"downloading {mirror.url}/mnist/{FIRST}" in capsys.readouterr().err
+    asked = {f"/copies/mnist/{file}": 1 for file in files}
+    assert mirror.requests == {**asked, labels: 3}
+    assert f"downloading {mirror.url}/copies/mnist/{FIRST}" in capsys.readouterr().err
     # a file may also lie there unpacked; only the one that isn't there at all is downloaded
     packed = cache / "mnist" / "t10k-images-idx3-ubyte.gz"
     packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
     packed.unlink()
     (cache / "mnist" / "t10k-labels-idx1-ubyte.gz").unlink()
-    mirror.asked.clear()
+    mirror.requests.clear()
     again = load_source("mnist")
-    assert mirror.asked == [labels]
+    assert mirror.requests == {labels: 1}
     assert (again.test_images == source.test_images).all()
     assert capsys.readouterr().err == ""
 
 
 @needs_real
 def test_several_download_at_once(mirror, cache):
-    mirror.serve("mnist")
+    serve(mirror, "mnist")
     name = "t10k-labels-idx1-ubyte.gz"
     (cache / "mnist").mkdir(parents=True)
     for path in (Path(REAL) / "mnist").iterdir():
@@ -175,27 +142,49 @@ def test_several_download_at_once(mirror, cache):
     ids=["a-log-in-page", "nothing", "another-file"],
 )
 def test_what_is_not_the_file_is_not_kept(mirror, cache, body):
-    mirror.answers[f"/copies/mnist/{FIRST}"] = body
+    (mirror.folder / "copies" / "mnist").mkdir()
+    (mirror.folder / "copies" / "mnist" / FIRST).write_bytes(body)
     with pytest.raises(UserError, match=rf"{FIRST} is not the mnist file .*not kept.*idx:DIR"):
         load_source("mnist")
-    assert kept(cache) == [] and len(mirror.asked) == 1
+    assert kept(cache) == [] and mirror.requests.total() == 1
+
+
+@needs_real
+def test_a_damaged_file_is_not_kept(mirror, cache):
+    serve(mirror, "mnist")
+    mirror.faults[f"/copies/mnist/{FIRST}"] = garble
+    with pytest.raises(UserError, match=rf"{FIRST} is not the mnist file .*not kept"):
+        load_source("mnist")
+    assert kept(cache) == []
 
 
 @pytest.mark.parametrize(
-    ("answer", "message", "tries"),
+    ("fault", "message", "tries"),
     [
-        (404, "HTTP 404 Not Found", 1),
-        (500, "HTTP 500 Internal Server Error, 3 tries", 3),
-        (b"halfCUT", "IncompleteRead.*3 tries", 3),
+        (status(404), "HTTP 404 Not Found", 1),
+        (status(500), "HTTP 500 Internal Server Error, 6 tries", 6),
+        (drop, "Response payload is not completed.*, 6 tries", 6),
     ],
+    ids=["404", "500", "drop"],
 )
-def test_failing_mirrors(mirror, cache, answer, message, tries):
-    mirror.answers[f"/copies/fashion-mnist/{FIRST}"] = answer
+def test_failing_mirrors(mirror, cache, fault, message, tries):
+    path = f"/copies/fashion-mnist/{FIRST}"
+    (mirror.folder / path[1:]).parent.mkdir()
+    (mirror.folder / path[1:]).write_bytes(b"half of it and the other half")
+    mirror.faults[path] = fault
     with pytest.raises(UserError) as caught:
         load_source("fashion-mnist")
-    assert caught.match(rf"cannot download {mirror.url}/fashion-mnist/{FIRST} \({message}\): give")
+    assert caught.match(rf"cannot download {mirror.url}{path} \({message}\): check .*; or give")
     assert caught.match(r"`--source idx:DIR`.*\$SGAN_DATA/fashion-mnist$")
-    assert len(mirror.asked) == tries and kept(cache) == []
+    assert mirror.requests == {path: tries} and kept(cache) == []
+
+
+@needs_real
+def test_a_mirror_in_a_bucket(cache, monkeypatch):
+    with s3_server("copies") as s3:
+        s3.upload(Path(REAL), "copies")
+        monkeypatch.setenv("SGAN_MIRROR", "s3://copies")
+        assert len(load_source("mnist").test_labels) == 10_000
 
 
 def test_no_network(cache, tmp_path, monkeypatch, capsys):
@@ -210,7 +199,7 @@ def test_no_network(cache, tmp_path, monkeypatch, capsys):
     )
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("SGAN_MIRROR", "not a mirror")
-    with pytest.raises(UserError, match=r"cannot download not a mirror/mnist/.*unknown url type"):
+    with pytest.raises(UserError, match=rf"^not a mirror/mnist/{FIRST} is no remote location"):
         load_source("mnist")
 
 
@@ -226,7 +215,7 @@ def test_a_changed_file_is_named(mirror, cache, tmp_path, monkeypatch):
     (folder / FIRST).unlink()
     with pytest.raises(UserError, match="has neither train-images"):
         load_source("mnist")
-    assert not mirror.asked
+    assert not mirror.requests
 
 
 def test_cache_that_cannot_be_written(mirror, tmp_path, monkeypatch):
@@ -247,9 +236,14 @@ def test_the_usual_cache(mirror, tmp_path, monkeypatch):
 def test_the_usual_mirrors(cache, monkeypatch):
     asked = []
     monkeypatch.delenv("SGAN_MIRROR", raising=False)
-    monkeypatch.setattr(download, "_fetch", lambda url: (asked.append(url), (None, "HTTP 4"))[1])
+
+    def fetch(url, *_):
+        asked.append(url)
+        raise UserError("not in a test")
+
+    monkeypatch.setattr(download, "fetch", fetch)
     for name in download.MIRRORS:
-        with pytest.raises(UserError, match="cannot download"):
+        with pytest.raises(UserError, match=r"not in a test; or give a folder"):
             load_source(name)
     assert asked == [
         f"https://ossci-datasets.s3.amazonaws.com/mnist/{FIRST}",

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import re
 import shutil
 import tarfile
 import tracemalloc
@@ -11,9 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sgan_dist.config import DataConfig
 from sgan_dist.data.index import Shard, load_index
 from sgan_dist.data.prepare import prepare
-from sgan_dist.data.stream import FullStream, WindowedStream, read_split, window_samples
+from sgan_dist.data.stream import (
+    FullStream,
+    WindowedStream,
+    open_storage,
+    read_split,
+    window_samples,
+)
 from sgan_dist.errors import UserError
 
 LAYOUTS = ("packed", "per-sample")
@@ -38,9 +46,13 @@ def copy(prepared, tmp_path):
     return of
 
 
+def local(root):
+    return open_storage(DataConfig(root=str(root)))
+
+
 def everything(root, index, split):
     """The split's images and labels by id."""
-    parts = list(read_split(root, index, split, 0, 1, block=300))
+    parts = list(read_split(local(root), index, split, 0, 1, block=300))
     ids = np.concatenate([part[2] for part in parts])
     assert ids.tolist() == list(range(index.split(split).samples))
     labels = None if parts[0][1] is None else np.concatenate([part[1] for part in parts])
@@ -50,7 +62,9 @@ def everything(root, index, split):
 def windowed(root, index, split="unlabeled", lanes=(0, 6), window=100, batch=60, seed=1):
     """A stream with windows of about `window` samples, of six lanes; asked for in bytes."""
     mean = sum(s.bytes for s in index.split(split).shards) / index.split(split).samples
-    return WindowedStream(root, index, split, seed, batch, 6, window * 6 * mean / 2**20, *lanes)
+    return WindowedStream(
+        local(root), index, split, seed, batch, 6, window * 6 * mean / 2**20, *lanes
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -59,7 +73,7 @@ def test_full_stream(prepared, layout, split):
     root = prepared[layout]
     index = load_index(root)
     images, labels = everything(root, index, split)
-    stream = FullStream(root, index, split, 1, 64)
+    stream = FullStream(local(root), index, split, 1, 64)
     for step in (0, 1, 100):
         got, got_labels, ids = stream.take(step, 16, 48)
         assert got.dtype == np.uint8 and ids.dtype == np.int64 and len(ids) == 32
@@ -104,7 +118,7 @@ def test_layouts_give_the_same_split(prepared):
 def test_more_lanes_than_samples(prepared, layout):
     root = prepared[layout]
     index = load_index(root)
-    stream = WindowedStream(root, index, "labeled", 0, 512, 256, 1, 0, 256)
+    stream = WindowedStream(local(root), index, "labeled", 0, 512, 256, 1, 0, 256)
     # epoch e of n = 100 samples is dealt after e * n samples, to lanes in turn
     taken = np.stack([stream.take(step)[2].reshape(256, 2) for step in range(5)])
     dealt = taken.transpose(0, 2, 1).reshape(-1)
@@ -149,7 +163,7 @@ def test_read_split_gives_each_sample_to_one_rank(prepared, layout, world_size):
     index = load_index(root)
     images, labels = everything(root, index, "test")
     for rank in range(world_size):
-        parts = list(read_split(root, index, "test", rank, world_size, block=64))
+        parts = list(read_split(local(root), index, "test", rank, world_size, block=64))
         assert all(len(part[2]) == 64 for part in parts[:-1]) and 0 < len(parts[-1][2]) <= 64
         ids = np.concatenate([part[2] for part in parts])
         assert ids.tolist() == list(range(rank, len(images), world_size))
@@ -161,7 +175,7 @@ def test_read_split_holds_little(prepared):
     root = prepared["packed"]
     index = load_index(root)
     tracemalloc.start()
-    for _ in read_split(root, index, "unlabeled", 0, 1, block=64):
+    for _ in read_split(local(root), index, "unlabeled", 0, 1, block=64):
         pass
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -222,60 +236,132 @@ def extra(records):
 
 
 BLANK = np.zeros((144, 28, 28, 1), np.uint8)
-DAMAGE = [
-    (
+# layout, split, file that is replaced in the last record of the split's second shard, by what, and
+# what is said of it
+DAMAGE = {
+    "float images": (
         "packed",
         "labeled",
         ".images.npy",
         npy(np.zeros((100, 28, 28, 1))),
-        r"shape \(100, .*float64",
+        "float64",
     ),
-    ("packed", "test", ".images.npy", npy(BLANK[:, :27]), r"shape \(144, 27, 28, 1\).*expected"),
-    ("packed", "test", ".images.npy", npy(BLANK[:143]), r"shape \(143, 28"),
-    ("packed", "test", ".images.npy", npy(np.asfortranarray(BLANK[..., 0])), "shape"),
-    ("packed", "test", ".images.npy", b"garbage", "not a .npy file"),
-    ("packed", "test", ".images.npy", b"", "not a .npy file"),
-    ("packed", "test", ".images.npy", lambda d: d[:-1], "bytes, too few or too many"),
-    ("packed", "test", ".images.npy", lambda d: d[:20] + b"!" * 30 + d[50:], "record 1"),
-    ("packed", "test", ".images.npy", None, "has no images.npy"),
-    ("packed", "test", ".labels.npy", None, "has no labels.npy"),
-    ("packed", "test", ".labels.npy", npy(np.full(144, 10)), "labels go from 10 to 10"),
-    ("per-sample", "test", ".png", b"garbage", "cannot identify"),
-    ("per-sample", "test", ".png", lambda d: d[:-30], "record 399"),
-    ("per-sample", "test", ".png", png(np.zeros((28, 27), np.uint8)), r"shape \(28, 27, 1\)"),
-    ("per-sample", "test", ".png", png(np.zeros((28, 28, 3), np.uint8)), r"shape \(28, 28, 3\)"),
-    ("per-sample", "test", ".cls", b"three", "invalid literal"),
-    ("per-sample", "test", ".cls", b"-1", "labels go from -1"),
-    ("per-sample", "test", ".cls", None, "has no cls"),
-]
+    "narrow": (
+        "packed",
+        "test",
+        ".images.npy",
+        npy(BLANK[:, :27]),
+        r"\(144, 27, 28, 1\).*expected",
+    ),
+    "one less": ("packed", "test", ".images.npy", npy(BLANK[:143]), r"shape \(143, 28"),
+    "fortran": ("packed", "test", ".images.npy", npy(np.asfortranarray(BLANK[..., 0])), "shape"),
+    "garbage": ("packed", "test", ".images.npy", b"garbage", "not a .npy file"),
+    "nothing": ("packed", "test", ".images.npy", b"", "not a .npy file"),
+    "cut": ("packed", "unlabeled", ".images.npy", lambda d: d[:-1], "bytes, too few or too many"),
+    "header": ("packed", "test", ".images.npy", lambda d: d[:20] + b"!" * 30 + d[50:], "."),
+    "no images": ("packed", "test", ".images.npy", None, "it has no images.npy"),
+    "no labels": ("packed", "test", ".labels.npy", None, "it has no labels.npy"),
+    "label 10": (
+        "packed",
+        "test",
+        ".labels.npy",
+        npy(np.full(144, 10)),
+        "label 10 is not one of 10",
+    ),
+    "png garbage": ("per-sample", "unlabeled", ".png", b"garbage", "."),
+    "png cut": ("per-sample", "test", ".png", lambda d: d[:-30], "."),
+    "png narrow": ("per-sample", "test", ".png", png(np.zeros((28, 27), np.uint8)), "28.*27"),
+    "png colors": ("per-sample", "test", ".png", png(np.zeros((28, 28, 3), np.uint8)), "28"),
+    "word label": ("per-sample", "test", ".cls", b"three", "'three', not a class number"),
+    "label 11": ("per-sample", "labeled", ".cls", b"11", "label 11 is not one of 10"),
+    "no label": ("per-sample", "test", ".cls", None, "no cls file"),
+}
 
 
-@pytest.mark.parametrize(("layout", "split", "suffix", "data", "message"), DAMAGE)
-def test_damaged_records_are_named(copy, layout, split, suffix, data, message):
+@pytest.mark.parametrize("case", DAMAGE)
+def test_records_that_were_indexed_damaged_are_replaced(prepared, copy, case):
+    layout, split, suffix, data, message = DAMAGE[case]
     root = copy(layout)
+    images, labels = everything(prepared[layout], load_index(prepared[layout]), split)
     index = rewrite(root, load_index(root), split, change_last(suffix, data))
+    n = len(images)
     number = min(1, len(index.split(split).shards) - 1)
+    shard = index.split(split).shards[number]
+    count = sum(s.samples for s in index.split(split).shards[: number + 1])
+    block = index.split(split).block
+    record = (shard.samples - 1) // block
+    damaged = set(range(count - shard.samples + record * block, count))
+
+    if n > len(damaged):
+        full = FullStream(local(root), index, split, 0, 8)
+        met = full.skips
+        seen = np.concatenate([full.take(step, 0, 8)[2] for step in range(n // 8)])
+        assert not damaged & set(seen) and len(seen) == n // 8 * 8
+        again = FullStream(local(root), index, split, 0, 8)
+        got, got_labels, ids = again.take(17, 2, 7)
+        assert (ids == full.take(17, 2, 7)[2]).all() and (got == images[ids]).all()
+        assert got_labels is None or (got_labels == labels[ids]).all()
+
+        stream = windowed(root, index, split, window=10**6)
+        steps = [stream.take(step) for step in range(2 * n // 60)]
+        assert stream.skips == met
+        for got, got_labels, ids in steps:
+            assert not damaged & set(ids) and (got == images[ids]).all()
+            assert got_labels is None or (got_labels == labels[ids]).all()
+        for step in (len(steps) - 1, 1):  # whatever else was read before, and by whom
+            pairs = [
+                windowed(root, index, split, lanes=lanes, window=10**6).take(step)
+                for lanes in ((0, 1), (1, 6))
+            ]
+            assert (np.concatenate([pair[2] for pair in pairs]) == steps[step][2]).all()
+        ((name, at, samples, why),) = met
+        assert (name, at, samples) == (shard.name, record, len(damaged))
+        assert re.search(message, why)
+    else:
+        with pytest.raises(UserError, match="all samples of the labeled split are damaged"):
+            FullStream(local(root), index, split, 0, 8)
+        with pytest.raises(UserError, match="all samples of a window of the labeled split"):
+            windowed(root, index, split).take(0)
+
+    got = [part[2] for part in read_split(local(root), index, split, 0, 1)]
+    left = sorted(set(range(n)) - damaged)
+    assert (np.concatenate(got).tolist() if got else []) == left
+
+
+def test_a_wholly_damaged_window_is_named(copy):
+    root = copy("packed")
+    index = rewrite(root, load_index(root), "unlabeled", change_last(".images.npy", b"x"))
+    with pytest.raises(UserError, match=r"unlabeled/000001.tar: not a .npy.*data.window_mib"):
+        list(map(windowed(root, index, window=10).take, range(60)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_damage_since_the_index_was_made_is_named(copy, layout):
+    suffix = {"packed": ".images.npy", "per-sample": ".png"}[layout]
+    root = copy(layout)
+    prepared_index = load_index(root)
+    index = rewrite(root, prepared_index, "test", change_last(suffix, lambda d: b"?" * len(d)))
+    shards = list(index.test.shards)
+    shards[1] = dataclasses.replace(shards[1], sha256=prepared_index.test.shards[1].sha256)
+    index = dataclasses.replace(index, test=dataclasses.replace(index.test, shards=tuple(shards)))
     for attempt in (
-        lambda: FullStream(root, index, split, 0, 8),
-        lambda: list(read_split(root, index, split, 0, 1)),
-        lambda: list(map(windowed(root, index, split, window=100).take, range(20))),
+        lambda: FullStream(local(root), index, "test", 0, 8),
+        lambda: list(read_split(local(root), index, "test", 0, 1)),
+        lambda: list(map(windowed(root, index, "test").take, range(20))),
     ):
-        with pytest.raises(UserError, match=message) as caught:
+        with pytest.raises(UserError, match=r"shard test/000001.tar.*sha256.*copy it again"):
             attempt()
-        assert f"cannot read shard {split}/{number:06d}.tar, record " in str(caught.value)
-        assert "it is as it was prepared" in str(caught.value)
-        assert f"remove {root} (rm -r {root}) and prepare" in str(caught.value)
 
 
 def test_wrong_number_of_records_is_named(copy):
     root = copy("packed")
     prepared_index = load_index(root)
     index = rewrite(root, prepared_index, "test", extra)
-    with pytest.raises(UserError, match=r"000001.tar, record 2.*2 records only"):
-        FullStream(root, index, "test", 0, 8)
+    with pytest.raises(UserError, match=r"000001.tar: it has 3 records, its index says 2"):
+        FullStream(local(root), index, "test", 0, 8)
     index = rewrite(root, prepared_index, "test", lambda r: dict(list(r.items())[:2]))
-    with pytest.raises(UserError, match=r"000001.tar, record 1.*the shard ends.*2 records"):
-        list(read_split(root, index, "test", 0, 1))
+    with pytest.raises(UserError, match=r"000001.tar: it has 1 records, its index says 2"):
+        list(read_split(local(root), index, "test", 0, 1))
 
 
 @pytest.mark.parametrize("keep", [0, 100, 512, 100_000, 300_000])
@@ -284,10 +370,16 @@ def test_truncated_and_garbled_tars_are_named(copy, keep):
     index = load_index(root)
     path = root / "unlabeled" / "000001.tar"
     whole = path.read_bytes()
-    for data in (whole[:keep], whole[:keep] + b"\xff" * 600 + whole[keep + 600 :]):
+    for data, why in (
+        (whole[:keep], f"has {keep} bytes, the index says {len(whole)}"),
+        (whole[:keep] + b"\xff" * 600 + whole[keep + 600 :], "sha256"),
+    ):
         path.write_bytes(data)
-        with pytest.raises(UserError, match=r"unlabeled/000001.tar.*(sha256 differs)"):
-            FullStream(root, index, "unlabeled", 0, 8)
+        with pytest.raises(UserError, match=rf"unlabeled/000001.tar.*{why}"):
+            FullStream(local(root), index, "unlabeled", 0, 8)
+        if keep <= 512:
+            with pytest.raises(UserError, match=rf"unlabeled/000001.tar.*{why}"):
+                list(map(windowed(root, index).take, range(60)))
 
 
 def test_flipped_pixels_of_a_split_in_memory_are_noticed(copy):
@@ -297,7 +389,7 @@ def test_flipped_pixels_of_a_split_in_memory_are_noticed(copy):
     data[5000] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"labeled/000000.tar .*sha256 differs"):
-        FullStream(root, load_index(root), "labeled", 0, 8)
+        FullStream(local(root), load_index(root), "labeled", 0, 8)
 
 
 @pytest.mark.parametrize("data", [b"garbage", b"", npy(np.arange(2)), npy(np.arange(4.0))])
