@@ -31,11 +31,13 @@ class Player:
         network: nn.Module,
         accelerator: accelerate.Accelerator,
         optimizer: torch.optim.Optimizer,
+        clip_norm: float | None,
     ) -> None:
         self.network = network
         self.wrapped: nn.Module = accelerator.prepare_model(network)
         self._accelerator = accelerator
         self._optimizer = optimizer
+        self._clip_norm = clip_norm
         self._parameters = list(network.parameters())
 
     def settle(self, example: Tensor) -> None:
@@ -63,25 +65,35 @@ class Player:
         self._optimizer.zero_grad(set_to_none=True)
         self.network.load_state_dict(kept)
 
-    def backward(self, loss_share: Tensor, clip_norm: float | None) -> Tensor:
-        """Sets the gradients of the global loss, clipped; returns their norm before clipping.
+    def part(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """A forward and backward over one part of this rank's batch.
 
-        Data-parallel wrappers average gradients over ranks; shares must be added up.
+        Gradients add up over the parts, and are exchanged between ranks in the last one.
         """
-        self._optimizer.zero_grad(set_to_none=True)
-        # Not accelerator.backward: it divides by an accumulation count from the environment.
+        if last:
+            return contextlib.nullcontext()
+        return self._accelerator.no_sync(self.wrapped)  # type: ignore[no-any-return]
+
+    def backward(self, loss_share: Tensor) -> None:
+        """Adds the gradient of this rank's share of the loss; shares add up over parts and ranks."""
+        # Data-parallel wrappers average gradients over ranks. Not accelerator.backward: it divides
+        # by an accumulation count from the environment.
         (loss_share * self._accelerator.num_processes).backward()
+
+    def clipped(self) -> Tensor:
+        """The norm of the global loss's gradient, which is then clipped to `optim.clip_norm`."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, clip_norm, norm)
+        if self._clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
         return norm
 
     def step(self, lr: float) -> None:
-        """One optimizer step at the rate `lr`."""
+        """One optimizer step at the rate `lr`; gradients are cleared."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
         """Network and optimizer, as a checkpoint keeps them."""
@@ -126,7 +138,7 @@ class Backend:
             optimizer = torch.optim.Adam(parameters, lr, betas=config.betas, fused=True)
         else:
             optimizer = torch.optim.SGD(parameters, lr, momentum=config.betas[0], fused=True)
-        return Player(network, self.accelerator, optimizer)
+        return Player(network, self.accelerator, optimizer, config.clip_norm)
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Mixed precision for the networks, where the config asks for it."""

@@ -114,6 +114,8 @@ class TrainConfig:
     steps: int = 1000
     fake_batch: int = 32
     """generated images in D's step, over all ranks; G's own step makes as many"""
+    accumulation: int = 1
+    """parts that each rank's batches pass D in, one after another; the same gradients in less memory"""
     supervised_only: bool = False
     """train the same D on the labeled images alone: no G, no unlabeled stream"""
     baseline_steps: int = 0
@@ -127,6 +129,8 @@ class TrainConfig:
     """steps between grids of generated images; 0: only at the end"""
     world_size: int | None = None
     """processes that must take part; a run that got another number stops"""
+    replica_check_every: int = 1000
+    """steps between checks that all ranks hold the same weights; 0: never"""
 
 
 @dataclass(frozen=True)
@@ -261,6 +265,7 @@ def check(config: Config) -> Config:
         "data.tries": d.tries,
         "data.timeout": d.timeout,
         "train.steps": t.steps,
+        "train.accumulation": t.accumulation,
         "train.log_every": t.log_every,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
@@ -286,6 +291,7 @@ def check(config: Config) -> Config:
         "train.baseline_steps": t.baseline_steps,
         "train.evaluate_every": t.evaluate_every,
         "train.sample_every": t.sample_every,
+        "train.replica_check_every": t.replica_check_every,
         "loss.unlabeled": config.loss.unlabeled,
         "loss.fake": config.loss.fake,
         "loss.consistency": config.loss.consistency,
@@ -338,7 +344,7 @@ FREE_AT_RESUME = {
     "data.cache", "data.cache_gib", "data.tries", "data.timeout",
     "data.labels_per_class", "data.label_seed", "data.validation",  # the data fingerprint covers them
     "train.steps", "train.baseline_steps", "train.log_every", "train.evaluate_every",
-    "train.sample_every", "train.world_size",
+    "train.sample_every", "train.world_size", "train.accumulation", "train.replica_check_every",
     "checkpoint.every", "checkpoint.keep", "tracking.wandb", "tracking.project",
 }  # fmt: skip
 

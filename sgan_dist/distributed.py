@@ -10,6 +10,7 @@ All of it works without a process group too, as a world of one.
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -57,20 +58,6 @@ class _DifferentiableSum(torch.autograd.Function):
 def differentiable_sum(value: Tensor) -> Tensor:
     """The sum over ranks; its gradient gathers what every rank's share of the loss makes of it."""
     return _DifferentiableSum.apply(value) if world_size() > 1 else value  # type: ignore[no-untyped-call]
-
-
-def straight_through_sum(local: Tensor) -> Tensor:
-    """The sum over ranks, with the gradient of this rank's part alone.
-
-    For a loss that every rank computes alike from global sums: the ranks' gradients add up to the
-    whole one.
-    """
-    return local + (all_sum(local) - local).detach()
-
-
-def share(value: Tensor) -> Tensor:
-    """Turns a loss that every rank computes alike into a share: value / world size, same gradient."""
-    return value - value.detach() * (1 - 1 / world_size())
 
 
 def gather_batch(local: Tensor) -> Tensor:
@@ -129,6 +116,20 @@ class GlobalBatchNorm(nn.Module):
         view = (1, -1) + (1,) * (x.dim() - 2)
         out = x * scale.view(view) + (self.bias - mean * scale).view(view)
         return out.to(x.dtype)
+
+
+def differing_replica(tensors: dict[str, Tensor]) -> str | None:
+    """The name of the first tensor that is not the same on all ranks, by its bytes."""
+    if world_size() == 1:
+        return None
+    digests = {
+        name: hashlib.sha256(
+            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        ).digest()
+        for name, value in tensors.items()
+    }
+    others = gather_objects(digests)
+    return next((name for name in digests if any(o[name] != digests[name] for o in others)), None)
 
 
 def gather_objects(mine: T) -> list[T]:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sgan_dist.distributed import share, straight_through_sum
+from sgan_dist.distributed import all_sum
 
 Form = Literal["implied", "explicit"]
 
@@ -54,14 +54,30 @@ def fake(log_odds: Tensor, count: int) -> Tensor:
     return F.softplus(log_odds).sum() / count
 
 
-def feature_matching(real_features: Tensor, fake_features: Tensor) -> Tensor:
+def feature_matching(
+    real_mean: Tensor, fake_features: Tensor, fake_mean: Tensor, count: int, shares: int
+) -> Tensor:
     """Mean squared difference of the global batches' mean features (Salimans et al. 2016, sec. 3.1).
 
-    Features are (n, F) and (m, F) of this rank; every rank brings as many. The mean features are
-    global: the mean of per-rank losses would be another loss.
+    The mean of per-rank losses would be another loss, so the means (F,) are global and without
+    gradient, which comes by the part's own features alone.
+
+    Args:
+        real_mean: of the global batch of real images; see `feature_mean`.
+        fake_features: of this rank's part, (n, F).
+        fake_mean: of the global batch of `count` fakes.
+        count: see there.
+        shares: parts of all ranks together, each of which computes the same value.
     """
-    difference = _global_mean(real_features) - _global_mean(fake_features)
-    return share(difference.square().mean())
+    own = _upcast(fake_features).sum(0)
+    difference = real_mean - (fake_mean + (own - own.detach()) / count)
+    loss = difference.square().mean()
+    return loss - loss.detach() * (1 - 1 / shares)
+
+
+def feature_mean(parts: list[Tensor], count: int) -> Tensor:
+    """The mean features (F,) of a global batch of `count`, from this rank's (n, F); no gradient."""
+    return all_sum(torch.stack([_upcast(part.detach()).sum(0) for part in parts]).sum(0)) / count
 
 
 def non_saturating(log_odds: Tensor, count: int) -> Tensor:
@@ -86,13 +102,6 @@ def aligned(p: Tensor, mean: Tensor) -> Tensor:
 def sharpened(p: Tensor, temperature: float) -> Tensor:
     """p^(1/T), normalized (Berthelot et al. 2019, MixMatch, eq. 7)."""
     return (p.log() / temperature).softmax(1)
-
-
-def _global_mean(features: Tensor) -> Tensor:
-    features = _upcast(features)
-    sums = torch.cat([features.sum(0), features.new_tensor([len(features)])])
-    total = straight_through_sum(sums)
-    return total[:-1] / total[-1].detach()
 
 
 def _upcast(x: Tensor) -> Tensor:

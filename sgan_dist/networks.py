@@ -12,7 +12,8 @@ from sgan_dist import ema
 from sgan_dist.backend import Backend, Player
 from sgan_dist.config import Config, EmaConfig
 from sgan_dist.data.loader import SemiSupervisedBatch
-from sgan_dist.distributed import gather_batch
+from sgan_dist.distributed import GlobalBatchNorm, differing_replica, gather_batch
+from sgan_dist.errors import UserError
 from sgan_dist.models import build_discriminator, build_generator
 from sgan_dist.models.base import data_dependent_init
 from sgan_dist.noise import Draw, Rows
@@ -40,6 +41,21 @@ class Networks:
     def update_average(self, seen: int, batch: int, config: EmaConfig) -> None:
         """Moves the averaged D after a step; see `sgan_dist.ema.update`."""
         ema.update(self.average, self.discriminator.network, seen, batch, config)
+
+    def check_replicas(self, step: int) -> None:
+        """Raises UserError on every rank where the ranks' weights are no longer the same."""
+        tensors = {
+            f"{name}.{key}": value
+            for name, network in self.plain().items()
+            for key, value in network.state_dict().items()
+        }
+        name = differing_replica(tensors)
+        if name is not None:
+            raise UserError(
+                f"step {step}: {name} differs between ranks, as after a hardware fault, or with code in"
+                " a network that depends on the rank: the same command goes on from the last"
+                " checkpoint (--train.replica_check_every tells how often this is looked at)"
+            )
 
     def state(self) -> dict[str, Any]:
         """All tensors of a checkpoint."""
@@ -75,6 +91,13 @@ def build(
     discriminator = build_discriminator(
         model.discriminator, shape, outputs(config, classes), model.discriminator_args
     )
+    mixes = (GlobalBatchNorm, nn.modules.batchnorm._BatchNorm)
+    if config.train.accumulation > 1 and any(isinstance(m, mixes) for m in discriminator.modules()):
+        raise UserError(
+            f"train.accumulation is {config.train.accumulation}, and the discriminator has batch norm,"
+            " whose statistics over a part of a batch are not those of the batch: take more processes"
+            " instead, or a discriminator without"
+        )
     generator = None
     if model.generator is not None:
         network = build_generator(model.generator, shape, model.generator_args)

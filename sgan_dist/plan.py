@@ -67,12 +67,21 @@ def dataset(config: Config) -> DatasetIndex:
 def check_world(config: Config, index: DatasetIndex, world_size: int) -> None:
     """Raises UserError where the batches can't be shared by `world_size` ranks."""
     check_shares(index, config.data, world_size)
-    fakes = config.train.fake_batch
+    parts, fakes = config.train.accumulation, config.train.fake_batch
     if config.model.generator is not None and fakes % world_size:
         raise UserError(
             f"train.fake_batch is {fakes}, and {world_size} processes can't share it evenly: make it"
             f" a multiple of {world_size}"
         )
+    batches = {f"data.{split}_batch": b for split, b in split_batches(config.data).items()}
+    if config.model.generator is not None:
+        batches["train.fake_batch"] = fakes
+    for key, batch in batches.items():
+        if batch // world_size % parts:
+            raise UserError(
+                f"train.accumulation is {parts}, and the {batch // world_size} images of {key} that"
+                f" each of {world_size} processes has can't be cut into as many equal parts"
+            )
 
 
 def describe(config: Config, index: DatasetIndex, backend: Backend) -> str:
@@ -86,10 +95,11 @@ def describe(config: Config, index: DatasetIndex, backend: Backend) -> str:
         split = getattr(index, name)
         lanes = f", {config.data.lanes} lanes" if split.order == "windowed" else ""
         epochs = config.train.steps * batch / split.samples
+        held = f"{split.samples} images in {_count(len(split.shards), 'shard')}"
         lines.append(
-            f"  {name:<9}  {split.samples} images in {len(split.shards)} shards, {split.order}"
-            f" order{lanes}; {batch} a step, {batch // world} a rank; an epoch is"
-            f" {split.samples / batch:.1f} steps, {epochs:.1f} epochs in all"
+            f"  {name:<9}  {held}, {split.order} order{lanes}; {batch} a step,"
+            f" {batch // world} a rank; an epoch is {split.samples / batch:.1f} steps,"
+            f" {epochs:.1f} epochs in all"
         )
     if config.model.generator is not None:
         fakes = config.train.fake_batch
@@ -109,8 +119,8 @@ def coverage(config: Config, index: DatasetIndex, world_size: int) -> str:
         size = sum(shard.bytes for shard in split.shards)
         if split.order == "full":
             lines.append(
-                f"  {name:<9}  every rank reads {len(split.shards)} shards,"
-                f" {_mebibytes(size)}, once, at the start"
+                f"  {name:<9}  every rank reads the whole split once, at the start:"
+                f" {_count(len(split.shards), 'shard')}, {_mebibytes(size)}"
             )
             continue
         lanes, n = config.data.lanes, split.samples
@@ -118,8 +128,9 @@ def coverage(config: Config, index: DatasetIndex, world_size: int) -> str:
         counts = [shard.samples for shard in split.shards]
         order = WindowedOrder(counts, lanes, window, config.seed, name)
         lines.append(
-            f"  {name:<9}  {lanes} lanes of {n // lanes} samples, windows of"
-            f" {min(window, -(-n // lanes))}; epoch 0 of {len(counts)} shards, {_mebibytes(size)}:"
+            f"  {name:<9}  {lanes} lanes of about {n // lanes} samples, {batch // lanes} a step each,"
+            f" windows of {min(window, -(-n // lanes))}; epoch 0 of {len(counts)} shards,"
+            f" {_mebibytes(size)}:"
         )
         for rank in range(world_size):
             read = []
@@ -128,9 +139,13 @@ def coverage(config: Config, index: DatasetIndex, world_size: int) -> str:
                 pieces = order.pieces(0, cut, cut + lane_length(n, lanes, lane, 0))
                 read += sorted({piece.shard for piece in pieces})
             total = sum(split.shards[shard].bytes for shard in read)
-            lines.append(f"    rank {rank} reads {len(read)} shards, {_mebibytes(total)}")
-        lines.append(f"    a step takes {batch // lanes} samples of every lane")
+            reads = f"{_count(len(read), 'shard')}, {_mebibytes(total)}"
+            lines.append(f"    rank {rank} reads {reads}")
     return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _mebibytes(size: int) -> str:

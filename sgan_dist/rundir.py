@@ -14,6 +14,7 @@ import torch
 
 from sgan_dist.backend import Backend
 from sgan_dist.config import Config, save
+from sgan_dist.data.remote import is_remote
 from sgan_dist.errors import UserError
 
 _locks: list[TextIO] = []  # open files: closing one would give its lock up
@@ -32,7 +33,10 @@ def claim(config: Config) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _locks.append(lock)
         # The dataset's absolute path: the run may be looked at from another folder.
-        data = dataclasses.replace(config.data, root=str(Path(config.data.root).absolute()))
+        root = (
+            config.data.root if is_remote(config.data.root) else Path(config.data.root).absolute()
+        )
+        data = dataclasses.replace(config.data, root=str(root))
         save(dataclasses.replace(config, data=data), run / "config.yaml")
         (run / "FAILED").unlink(missing_ok=True)
         (run / "STOP").unlink(missing_ok=True)

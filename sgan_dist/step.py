@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgan_dist import losses
 from sgan_dist.augment import augment
@@ -30,42 +32,52 @@ def discriminator_step(
     """
     form, weights, step = config.loss.form, config.loss, batch.step
     labels = batch.labels.to(backend.device, non_blocking=True)
-    parts = {"labeled": to_float(batch.labeled, backend)}
+    whole = {"labeled": to_float(batch.labeled, backend)}
     if len(batch.unlabeled):
-        parts["unlabeled"] = to_float(batch.unlabeled, backend)
+        whole["unlabeled"] = to_float(batch.unlabeled, backend)
     if networks.generator is not None:
-        parts["fake"] = _generate(networks.generator, "discriminator", config, backend, step)
-    draw = _draw("discriminator", parts, config, backend, step)
-
-    # Positions need fp32: augmentation stays outside of autocast, here and below.
-    images = augment(torch.cat(list(parts.values())), config.augment, draw)
-    with backend.autocast():
-        out = networks.discriminator.wrapped(images, draw)
-    logits = dict(zip(parts, out.logits.split(list(draw.sizes.values())), strict=True))
-    totals = {name: size * backend.world_size for name, size in draw.sizes.items()}
-
-    terms = {"supervised": (1.0, losses.supervised(logits["labeled"], labels, totals["labeled"]))}
-    wrong = losses.class_logits(logits["labeled"], form).argmax(1) != labels
-    seen = {"d/train_error": wrong.sum() / totals["labeled"]}
-    if networks.generator is not None:
-        odds = {name: losses.log_odds_real(logits[name], form) for name in ("unlabeled", "fake")}
-        terms["unlabeled"] = weights.unlabeled, losses.real(odds["unlabeled"], totals["unlabeled"])
-        terms["fake"] = weights.fake, losses.fake(odds["fake"], totals["fake"])
-        seen["d/fakes_detected"] = (odds["fake"] < 0).sum() / totals["fake"]
+        whole["fake"] = _generate(networks.generator, "discriminator", config, backend, step)
+    totals = {name: len(images) * backend.world_size for name, images in whole.items()}
+    targets = None
     if weights.consistency:
-        targets = _targets(networks, parts["unlabeled"], config, backend, step)
-        guesses = losses.class_logits(logits["unlabeled"], form)
-        loss = losses.soft_cross_entropy(guesses, targets, totals["unlabeled"])
-        ramp = min(1.0, (step + 1) / max(weights.consistency_rampup, 1))
-        terms["consistency"] = ramp * weights.consistency, loss
-    if (step + 1) % config.train.log_every == 0:  # a loss that moves nothing raises an alarm
-        for name, (_, loss) in terms.items():
-            (gradient,) = torch.autograd.grad(loss, out.logits, retain_graph=True)
-            seen[f"d/squared_logit_gradient/{name}"] = gradient.double().square().sum()
+        targets = _targets(networks, whole["unlabeled"], config, backend, step)
+    shares: dict[str, Tensor] = {}
+    for part in _parts(whole, "discriminator", config, backend, step):
+        with networks.discriminator.part(part.last):
+            # Positions need fp32: augmentation stays outside of autocast, here and below.
+            images = augment(torch.cat(list(part.images.values())), config.augment, part.draw)
+            with backend.autocast():
+                out = networks.discriminator.wrapped(images, part.draw)
+            sizes = list(part.draw.sizes.values())
+            logits = dict(zip(part.images, out.logits.split(sizes), strict=True))
 
-    shares = {f"d/{name}": loss for name, (_, loss) in terms.items()} | seen
-    total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
-    return _update(networks.discriminator, "d", total, shares, config.optim.lr, config, step)
+            y = labels[part.rows["labeled"]]
+            loss = losses.supervised(logits["labeled"], y, totals["labeled"])
+            terms = {"supervised": (1.0, loss)}
+            wrong = losses.class_logits(logits["labeled"], form).argmax(1) != y
+            seen = {"d/train_error": wrong.sum() / totals["labeled"]}
+            if networks.generator is not None:
+                odds = {n: losses.log_odds_real(logits[n], form) for n in ("unlabeled", "fake")}
+                loss = losses.real(odds["unlabeled"], totals["unlabeled"])
+                terms["unlabeled"] = weights.unlabeled, loss
+                terms["fake"] = weights.fake, losses.fake(odds["fake"], totals["fake"])
+                seen["d/fakes_detected"] = (odds["fake"] < 0).sum() / totals["fake"]
+            if targets is not None:
+                guesses = losses.class_logits(logits["unlabeled"], form)
+                wanted = targets[part.rows["unlabeled"]]
+                loss = losses.soft_cross_entropy(guesses, wanted, totals["unlabeled"])
+                ramp = min(1.0, (step + 1) / max(weights.consistency_rampup, 1))
+                terms["consistency"] = ramp * weights.consistency, loss
+            if (step + 1) % config.train.log_every == 0:  # a loss that moves nothing: an alarm
+                for name, (_, loss) in terms.items():
+                    (gradient,) = torch.autograd.grad(loss, out.logits, retain_graph=True)
+                    seen[f"d/squared_logit_gradient/{name}"] = gradient.double().square().sum()
+
+            _add(shares, {f"d/{name}": loss for name, (_, loss) in terms.items()} | seen)
+            networks.discriminator.backward(
+                torch.stack([weight * loss for weight, loss in terms.values()]).sum()
+            )
+    return _update(networks.discriminator, "d", shares, config.optim.lr, config, step)
 
 
 def generator_step(
@@ -75,24 +87,40 @@ def generator_step(
     player, step = networks.generator, batch.step
     assert player is not None
     discriminator = networks.discriminator.network
-    fake = _generate(player, "generator", config, backend, step)
-    draw = _draw("generator/fake", {"fake": fake}, config, backend, step)
-    images = augment(fake, config.augment, draw)
-    with frozen(discriminator), backend.autocast():
-        out = discriminator(images, draw)
-    if config.loss.generator == "feature_matching":
+    matching = config.loss.generator == "feature_matching"
+    count, shares = config.train.fake_batch, dict[str, Tensor]()
+    real_mean = fake_mean = None
+    if matching:
         # Apart from the fakes: it needs no backward, and D does not mix samples of two parts.
-        unlabeled = to_float(batch.unlabeled, backend)
-        draw = _draw("generator/real", {"unlabeled": unlabeled}, config, backend, step)
-        images = augment(unlabeled, config.augment, draw)
-        with torch.no_grad(), frozen(discriminator), backend.autocast():
-            real = discriminator(images, draw)
-        loss = losses.feature_matching(real.features, out.features)
-    else:
-        odds = losses.log_odds_real(out.logits, config.loss.form)
-        loss = losses.non_saturating(odds, len(odds) * backend.world_size)
-    name = f"g/{config.loss.generator}"
-    return _update(player, "g", loss, {name: loss}, config.optim.generator_lr, config, step)
+        real = {"unlabeled": to_float(batch.unlabeled, backend)}
+        real_mean = _mean_features(discriminator, real, "generator/real", config, backend, step)
+    # G sees its whole batch, which its batch norm mixes, and D part after part; the images'
+    # gradients are passed on to G at the end.
+    with player.part(last=True):
+        fake = _generate(player, "generator", config, backend, step)
+        leaf = fake.detach().requires_grad_()
+        if matching and config.train.accumulation > 1:
+            whole = {"fake": leaf}
+            fake_mean = _mean_features(
+                discriminator, whole, "generator/fake", config, backend, step
+            )
+        for part in _parts({"fake": leaf}, "generator/fake", config, backend, step):
+            images = augment(part.images["fake"], config.augment, part.draw)
+            with frozen(discriminator), backend.autocast():
+                out = discriminator(images, part.draw)
+            if real_mean is not None:
+                if fake_mean is None:  # this part is all
+                    fake_mean = losses.feature_mean([out.features], count)
+                parts = config.train.accumulation * backend.world_size
+                loss = losses.feature_matching(real_mean, out.features, fake_mean, count, parts)
+            else:
+                odds = losses.log_odds_real(out.logits, config.loss.form)
+                loss = losses.non_saturating(odds, count)
+            torch.autograd.backward(loss)
+            _add(shares, {f"g/{config.loss.generator}": loss})
+        assert leaf.grad is not None
+        player.backward((fake * leaf.grad).sum())
+    return _update(player, "g", shares, config.optim.generator_lr, config, step)
 
 
 def rate(step: int, config: Config) -> float:
@@ -113,38 +141,85 @@ def _generate(player: Player, phase: str, config: Config, backend: Backend, step
             return player.network(z).to(z.dtype)  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What passes D at once: some of each of this rank's parts of the global batch."""
+
+    images: dict[str, Tensor]
+    rows: dict[str, slice]
+    """their places among this rank's images"""
+    draw: Draw
+    last: bool
+
+
+def _parts(
+    whole: dict[str, Tensor], phase: str, config: Config, backend: Backend, step: int
+) -> Iterator[_Part]:
+    """This rank's images in `train.accumulation` parts, with the noise that is theirs anyhow."""
+    parts = config.train.accumulation
+    for number in range(parts):
+        rows, drawn = {}, {}
+        for name, images in whole.items():
+            mine = Rows.of(len(images), number, parts)
+            rows[name] = slice(mine.start, mine.stop)
+            first = backend.rank * len(images)
+            total = len(images) * backend.world_size
+            drawn[name] = Rows(total, first + mine.start, first + mine.stop)
+        draw = Draw(config.seed, phase, step, drawn, backend.device)
+        images_of = {name: whole[name][place] for name, place in rows.items()}
+        yield _Part(images_of, rows, draw, number == parts - 1)
+
+
+@torch.no_grad()
+def _mean_features(
+    discriminator: nn.Module,
+    whole: dict[str, Tensor],
+    phase: str,
+    config: Config,
+    backend: Backend,
+    step: int,
+) -> Tensor:
+    """The mean features (F,) of a global batch, of which `whole` is this rank's share."""
+    features, count = [], 0
+    for part in _parts(whole, phase, config, backend, step):
+        (images,) = part.images.values()
+        with frozen(discriminator), backend.autocast():
+            out = discriminator(augment(images, config.augment, part.draw), part.draw)
+        features.append(out.features)
+        count += len(images) * backend.world_size
+    return losses.feature_mean(features, count)
+
+
 @torch.no_grad()
 def _targets(
     networks: Networks, unlabeled: Tensor, config: Config, backend: Backend, step: int
 ) -> Tensor:
     """The averaged D's class probabilities of unlabeled images, aligned and sharpened, (n, N)."""
-    draw = _draw("teacher", {"unlabeled": unlabeled}, config, backend, step)
-    images = augment(unlabeled, config.teacher_augment, draw)
-    with backend.autocast():
-        logits = networks.average(images).logits
-    p = losses.class_logits(logits, config.loss.form).softmax(1)
+    found = []
+    for part in _parts({"unlabeled": unlabeled}, "teacher", config, backend, step):
+        images = augment(part.images["unlabeled"], config.teacher_augment, part.draw)
+        with backend.autocast():
+            logits = networks.average(images).logits
+        found.append(losses.class_logits(logits, config.loss.form).softmax(1))
+    p = torch.cat(found)
     mean = all_sum(p.sum(0)) / (len(p) * backend.world_size)
     networks.mean_prediction.lerp_(mean.to(backend.dtype), ALIGNMENT_MOMENTUM)
     return losses.sharpened(losses.aligned(p, networks.mean_prediction), config.loss.temperature)
 
 
-def _draw(
-    phase: str, parts: dict[str, Tensor], config: Config, backend: Backend, step: int
-) -> Draw:
-    rows = {
-        name: Rows.of(len(part) * backend.world_size, backend.rank, backend.world_size)
-        for name, part in parts.items()
-    }
-    return Draw(config.seed, phase, step, rows, backend.device)
+def _add(shares: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    """Adds the shares of a part to those of the parts before."""
+    for name, value in more.items():
+        shares[name] = shares[name] + value.detach() if name in shares else value.detach()
 
 
 def _update(
-    player: Player, prefix: str, loss: Tensor, shares: dict[str, Tensor], lr: float,
-    config: Config, step: int,
-) -> dict[str, float]:  # fmt: skip
-    """Backward, the finite check, the optimizer step; one wait for the device."""
-    totals = all_sum(torch.stack([value.detach().to(loss.dtype) for value in shares.values()]))
-    norm = player.backward(loss, config.optim.clip_norm)
+    player: Player, prefix: str, shares: dict[str, Tensor], lr: float, config: Config, step: int
+) -> dict[str, float]:
+    """The finite check and the optimizer step, after the backward; one wait for the device."""
+    dtype = next(iter(shares.values())).dtype
+    totals = all_sum(torch.stack([value.to(dtype) for value in shares.values()]))
+    norm = player.clipped()
     values = torch.cat([totals, norm.to(totals.dtype).view(1)]).tolist()
     metrics = dict(zip([*shares, f"{prefix}/gradient_norm"], values, strict=True))
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]

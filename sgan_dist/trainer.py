@@ -179,6 +179,8 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
         progress.step()
         busy += time.monotonic() - clock
 
+        if train.replica_check_every and step % train.replica_check_every == 0:
+            networks.check_replicas(step)
         line: dict[str, Any] = {}
         if step % train.log_every == 0:
             line |= meters.take() | {"lr": config.optim.lr * rate(step - 1, config)}

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 SUFFIXES = ("png", "jpg", "jpeg", "webp")
-MAX_PIXELS = 10**8  # a larger image is taken for a decompression bomb
+MAX_PIXELS = 8 * 10**7  # a larger image is taken for a decompression bomb
 
 _GRAY_MODES = ("1", "L", "LA", "I;16")
 _INKS = ("CMYK", "YCCK")  # JPEG color spaces that Pillow turns into RGB

@@ -20,6 +20,7 @@ BLOCK = 512  # bytes; headers are one, and files fill whole ones
 # types of members, as bytes of their headers
 _REGULAR = b"0\x007"
 _DATALESS = b"123456"  # links, devices, directories: nothing follows, whatever the size says
+_SPARSE = ord("S")
 _EXTRA = b"LKxXg"  # GNU's long names; pax fields of the next member, or of all (g)
 _PAX_NEEDED = re.compile(rb" (?:path|size|GNU\.sparse\.[^=]*)=")
 _PAX_FIELD = re.compile(rb"([0-9]{1,9}) ([^=]+)=")
@@ -144,6 +145,8 @@ def _members(file: BinaryIO, position: int) -> Iterator[tuple[str, bytes, int, i
     while position < total and block != _ZEROS:
         own_size = _checked_size(block, position)
         kind = block[156]
+        if kind == _SPARSE:
+            raise ValueError("a sparse file: write the tar without --sparse")
         extra = kind in _EXTRA
         length = own_size if extra or size is None else size
         if kind in _DATALESS or (kind == 0 and block[:100].rstrip(b"\0").endswith(b"/")):

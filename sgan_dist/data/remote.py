@@ -151,7 +151,7 @@ def fetch(
         )
     raise UserError(
         f"cannot download {_shown(location)} ({why}, {transport.tries} tries): check the network "
-        "and where it comes from"
+        "and what serves it"
     )
 
 
@@ -273,8 +273,8 @@ def _bring_http(
     except (aiohttp.ClientError, OSError) as error:
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise
-        if isinstance(error, aiohttp.ClientConnectorError) and error.errno in errno.errorcode:
-            raise _Transient(os.strerror(error.errno)) from None
+        if isinstance(error, aiohttp.ClientConnectorError) and (error.errno or -1) > 0:
+            raise _Transient(os.strerror(error.errno or 0)) from None
         raise _Transient(_words(error)) from None
 
 
@@ -282,7 +282,12 @@ def _bring_s3(location: str, path: Path, timeout: float, stop: threading.Event) 
     try:
         import fsspec.config
         from aiohttp import ClientError
-        from botocore.exceptions import BotoCoreError, HTTPClientError, IncompleteReadError
+        from botocore.exceptions import (
+            BotoCoreError,
+            HTTPClientError,
+            IncompleteReadError,
+            NoCredentialsError,
+        )
         from botocore.exceptions import ConnectionError as ConnectingError
         from botocore.parsers import ResponseParserError
         from s3fs import S3FileSystem
@@ -322,8 +327,13 @@ def _bring_s3(location: str, path: Path, timeout: float, stop: threading.Event) 
             raise UserError(f"cannot download {location}: there is no bucket {bucket}") from None
         denied = isinstance(error, PermissionError)  # some of which have status 400
         raise _refusal(location, 403 if denied else status, why) from None
-    except BotoCoreError as error:  # no credentials, no such profile, impossible names
+    except NoCredentialsError as error:
         raise _refusal(location, 401, _words(error)) from None
+    except BotoCoreError as error:  # no such profile, an impossible bucket
+        raise UserError(
+            f"cannot download {location} ({_words(error)}): check the location and your AWS "
+            "configuration"
+        ) from None
 
 
 def _bring_gs(location: str, path: Path, timeout: float, stop: threading.Event) -> None:
@@ -337,8 +347,8 @@ def _bring_gs(location: str, path: Path, timeout: float, stop: threading.Event) 
     try:
         gs = GCSFileSystem()
         gs.credentials.apply(headers)
-    except TransportError as error:
-        raise _Transient(_words(error)) from None
+    except (TransportError, OSError) as error:  # whose words may hold the token
+        raise _Transient(f"no answer about credentials, {type(error).__name__}") from None
     except GoogleAuthError as error:
         raise _refusal(location, 401, _words(error)) from None
     _bring_http(location, gs.url(location), headers, path, timeout, stop)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
-from sgan_dist import checkpoint, losses
+from sgan_dist import checkpoint, losses, trainer
 from sgan_dist.config import Config
+from sgan_dist.errors import UserError
 from sgan_dist.trainer import fit
 from tests.conftest import small_config
 from tests.ranks import run_ranks
@@ -70,10 +73,10 @@ def train(rank: int, config: Config) -> int:
 def train_with_naive_matching(rank: int, config: Config) -> int:
     """What most code does: each rank matches its own means, and gradients are averaged."""
 
-    def per_rank(real: Tensor, fake: Tensor) -> Tensor:
-        from sgan_dist.distributed import world_size
-
-        return (real.mean(0) - fake.mean(0)).square().mean() / world_size()
+    def per_rank(
+        real_mean: Tensor, fake: Tensor, fake_mean: Tensor, count: int, shares: int
+    ) -> Tensor:
+        return (real_mean - fake.mean(0)).square().mean() / shares
 
     losses.feature_matching = per_rank
     return fit(config)
@@ -107,6 +110,66 @@ def test_ranks_train_as_one(
     alone = parameters(tmp_path / "1")
     for world_size in worlds:
         assert largest_difference(alone, parameters(tmp_path / str(world_size))) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parts", "options"),
+    [
+        (1, 4, ()),
+        (2, 3, CONSISTENCY),
+        (2, 2, EXPLICIT),
+        pytest.param(3, 2, MLP, marks=pytest.mark.slow),
+    ],
+)
+def test_accumulation_trains_as_one_pass(
+    world_size: int, parts: int, options: tuple[str, ...], digits: Path, tmp_path: Path
+) -> None:
+    run_ranks(1, train, small_config(digits, tmp_path / "whole", *EXACT, *options))
+    config = small_config(
+        digits, tmp_path / "parts", *EXACT, *options, f"--train.accumulation={parts}"
+    )
+    run_ranks(world_size, train, config)
+    assert (
+        largest_difference(parameters(tmp_path / "whole"), parameters(tmp_path / "parts")) < 1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (BOOK, "train.accumulation is 2, and the discriminator has batch norm"),
+        (("--data.labeled_batch=6", "--data.unlabeled_batch=25"), "train.accumulation is 2.*25"),
+    ],
+)
+def test_what_can_not_be_accumulated_is_refused(
+    options: tuple[str, ...], message: str, digits: Path, tmp_path: Path
+) -> None:
+    config = small_config(digits, tmp_path, *options, "--train.accumulation=2")
+    with pytest.raises(UserError, match=message):
+        fit(config)
+
+
+def train_with_a_stray_replica(rank: int, config: Config) -> int:
+    """Rank 1 goes its own way, in one weight, after some steps."""
+    original = trainer.generator_step
+
+    def stray(networks: Any, batch: Any, *rest: Any) -> Any:
+        if rank == 1 and batch.step == 5:
+            with torch.no_grad():
+                list(networks.discriminator.network.parameters())[2].view(-1)[0] += 1e-6
+        return original(networks, batch, *rest)
+
+    trainer.generator_step = stray
+    return fit(config)
+
+
+def test_replicas_that_differ_stop_the_run(digits: Path, tmp_path: Path) -> None:
+    config = small_config(digits, tmp_path, "--train.replica_check_every=4", "--checkpoint.every=4")
+    message = "step 8: .*discriminator.*differs between ranks.*--train.replica_check_every"
+    with pytest.raises(RuntimeError, match=message):
+        run_ranks(2, train_with_a_stray_replica, config)
+    path, _ = checkpoint.latest(tmp_path)
+    assert path is not None and path.name == "step-00000004"
 
 
 def test_matching_means_rank_by_rank_is_another_loss(digits: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import fsspec.config
 import numpy as np
 import pytest
+from google.oauth2.credentials import Credentials
 
 from sgan_dist.data import remote
 from sgan_dist.data.remote import (
@@ -196,6 +197,15 @@ def test_a_fault_that_stays(place, target, fault, message):
     assert server.requests == {path: 3}  # no library tries by itself
     assert nothing_left(target)
     assert not isinstance(caught.value, Missing | Denied)
+
+
+def test_no_library_waits_longer(place, target):
+    server, location, path = place
+    server.faults[path] = stall
+    # at any library's own timeout, of 15 seconds or more, this test would not end in time
+    with pytest.raises(UserError, match=r", 9 tries\)"):
+        fetch(location, target, Transport(tries=9, timeout=0.25))
+    assert server.requests == {path: 9}
 
 
 @pytest.mark.parametrize(
@@ -480,6 +490,22 @@ def test_s3_credentials(server, target, monkeypatch):
     with s3_environment(server.url, key="me"):
         fetch("s3://data/a.tar", target, PATIENT, sha256=SHA256)
     assert "Credential=me/" in server.seen[-1][1]["Authorization"]
+
+
+def test_s3_an_impossible_bucket(s3, target):
+    with pytest.raises(UserError, match=r"Invalid bucket name.*: check the location") as caught:
+        fetch("s3://Bad_Bucket!!/a.tar", target, PATIENT)
+    assert not isinstance(caught.value, Missing | Denied)
+
+
+def test_gs_credentials(server, target, monkeypatch):
+    with environment(STORAGE_EMULATOR_HOST=server.url):
+        monkeypatch.setitem(fsspec.config.conf, "gs", {"token": Credentials("secret")})
+        fetch("gs://data/a.tar", target, PATIENT, sha256=SHA256)
+        assert server.seen[-1][1]["authorization"] == "Bearer secret"
+        monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})  # as FSSPEC_GS does
+        fetch("gs://data/a.tar", target, PATIENT, sha256=SHA256)
+        assert "authorization" not in server.seen[-1][1]
 
 
 def test_s3_other_endpoint_variable(server, target):

@@ -525,7 +525,7 @@ def test_close_ends_stalled_downloads(server, cache):
     assert content(at, shards[0]) == body(shards[0].name)
 
 
-LEAVE = OPEN.partition("try:")[0] + (
+LEAVE = OPEN.partition("try:")[0].replace("tries=2", "timeout=3600.0") + (
     """
 at.ahead([shard])
 import time

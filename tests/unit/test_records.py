@@ -1,0 +1,442 @@
+"""Records of tars: the same as webdataset's, from any offset, and damage that is never missed."""
+
+import bz2
+import gzip
+import io
+import itertools
+import json
+import lzma
+import struct
+import tarfile
+import tracemalloc
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from webdataset.tariterators import group_by_keys, tar_file_iterator
+from webdataset.writer import TarWriter
+
+from sgan_dist.data.records import Record, image_of, label_of, records, samples
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def tar(files, form=tarfile.PAX_FORMAT, **header):
+    """A tar of (name, content) pairs; content of None is a directory."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as out:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            for field, value in header.items():
+                setattr(info, field, value)
+            if content is None:
+                info.type = tarfile.DIRTYPE
+                out.addfile(info)
+            else:
+                info.size = len(content)
+                out.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def by_webdataset(data):
+    files = ({**item, "__url__": ""} for item in tar_file_iterator(io.BytesIO(data)))
+    return [
+        (item.pop("__key__"), item)
+        for item in group_by_keys(files)
+        if item.pop("__url__") is not None
+    ]
+
+
+def by_us(data, offset=0):
+    return [(record.key, record.files) for record in records(io.BytesIO(data), offset)]
+
+
+def outcome(read, data):
+    try:
+        return read(data)
+    except ValueError:
+        return "refused"
+
+
+def one_header(name, size, kind=b"0", prefix=b"", size_field=None):
+    """A header block with its checksum."""
+    field = size_field or b"%011o\0" % size
+    block = bytearray(name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + field)
+    block += b"00000000000\0" + b" " * 8 + kind
+    block = block.ljust(257, b"\0") + b"ustar\00000"
+    block = block.ljust(345, b"\0") + prefix
+    block = block.ljust(512, b"\0")
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+ODD = [
+    ("000.jpg", b"1"),
+    ("000.cls", b"2"),
+    ("000.JSON", b"upper case"),
+    ("a/b.c/001.seg.png", b"dots in a folder and two in the name"),
+    ("a/b.c/001.cls", b""),
+    ("folder", None),
+    ("a.folder/", None),
+    ("a/b.c/001.txt", b"after a directory, the same record"),
+    ("README", b"no extension"),
+    ("a/README", b"no extension in a folder"),
+    ("__meta__", b"passed over"),
+    ("__info__.json", b"not by this rule: it has a dot"),
+    ("__meta__/x.png", b"in a folder of that name"),
+    ("__x.png", b"taken"),
+    ("._000.jpg", b"macOS at the top"),
+    ("a/._000.jpg", b"macOS in a folder"),
+    ("a/.hidden", b""),
+    (".hidden.jpg", b""),
+    ("a/", None),
+    ("ends.", b"an empty extension"),
+    ("träger/größe.png", b"unicode"),
+    ("日本語.PNG", b"unicode, upper case"),
+    ("x" * 90 + ".png", b"long"),
+    ("d" * 60 + "/" + "x" * 60 + ".png", b"longer than 100"),
+    ("d" * 60 + "/" + "x" * 60 + ".cls", b"its label"),
+    ("d" * 200 + "/" + "é" * 90 + ".png", b"longer than 255"),
+    ("new\nline.png", b"x"),
+    ("two  spaces.png", b"y" * 511),
+    ("two  spaces.cls", b"y" * 512),
+    ("two  spaces.txt", b"y" * 513),
+    ("000.jpg", b"the first key again, later"),
+]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_odd_names_give_the_records_that_webdataset_finds(form):
+    files = [(name, content) for name, content in ODD if form != "ustar" or len(name) < 200]
+    data = tar(files, FORMATS[form])
+    expected = by_webdataset(data)
+    assert len(expected) > 12
+    assert by_us(data) == expected
+
+
+def test_webdatasets_own_tars():
+    for options in ({}, {"mtime": 0}):  # its times of change come with pax headers
+        buffer = io.BytesIO()
+        with TarWriter(buffer, encoder=False, **options) as writer:
+            for number in range(20):
+                writer.write({"__key__": f"x/{number:04d}", "png": b"p" * number * 40, "cls": b"1"})
+        data = buffer.getvalue()
+        assert by_us(data) == by_webdataset(data)
+        assert len(by_us(data)) == 20
+
+
+def test_links_and_devices_are_passed_over():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as out:
+        kinds = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, b"Z")
+        for number, kind in enumerate(kinds):
+            info = tarfile.TarInfo(f"{number}.png")
+            info.type, info.linkname = kind, "other.png"
+            if kind == b"Z":  # of a kind nobody knows, such have contents
+                info.size = 700
+                out.addfile(info, io.BytesIO(b"z" * 700))
+            else:
+                out.addfile(info)
+            info = tarfile.TarInfo(f"{number}.txt")
+            info.size = 3
+            out.addfile(info, io.BytesIO(b"abc"))
+    data = buffer.getvalue()
+    assert by_us(data) == by_webdataset(data)
+    assert [list(files) for _, files in by_us(data)] == [["txt"]] * 5
+
+
+names = st.lists(
+    st.text(st.sampled_from("ab._/JäÖ"), min_size=1, max_size=12)
+    | st.builds("{}/{}.png".format, st.text("dä.", max_size=130), st.text("kö", max_size=130)),
+    max_size=8,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    names=names,
+    sizes=st.lists(st.sampled_from([0, 1, 511, 512, 513, 3000]), min_size=8, max_size=8),
+    form=st.sampled_from(sorted(FORMATS)),
+    mtime=st.sampled_from([0, 1.5]),
+    end=st.booleans(),
+)
+def test_any_tar_gives_the_records_that_webdataset_finds(names, sizes, form, mtime, end):
+    files = [
+        (name, bytes([65 + at]) * size)
+        for at, (name, size) in enumerate(zip(names, sizes, strict=False))
+    ]
+    try:
+        data = tar(files, FORMATS[form], mtime=mtime)
+    except ValueError:  # a name that the format can't hold
+        return
+    if not end:
+        data = data.rstrip(b"\0")
+        data += bytes(-len(data) % 512)
+    if data:
+        assert outcome(by_us, data) == outcome(by_webdataset, data)
+
+
+def test_two_files_of_a_record_with_one_extension_are_refused():
+    for files in (["0.png", "0.png"], ["0.png", "0.PNG"], ["0.png", "0.cls", "0.png"]):
+        data = tar([(name, b"x") for name in files])
+        assert outcome(by_webdataset, data) == "refused"
+        with pytest.raises(ValueError, match="two files png of record 0"):
+            by_us(data)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_reading_goes_on_from_any_records_offset(form):
+    files = [(name, content) for name, content in ODD if form != "ustar" or len(name) < 200]
+    data = tar(files, FORMATS[form], mtime=1.5)
+    every = list(records(io.BytesIO(data)))
+    file = io.BytesIO(data)
+    for number, record in enumerate(every):
+        assert isinstance(record, Record)
+        assert list(records(file, record.offset)) == every[number:]
+        assert list(records(file, record.end)) == every[number + 1 :]
+        # from a record's own bytes alone comes the record: its headers are among them
+        alone = io.BytesIO(data[record.offset : record.end])
+        assert [(one.key, one.files) for one in records(alone)] == [(record.key, record.files)]
+    assert all(a.end <= b.offset for a, b in itertools.pairwise(every))
+    assert list(records(file, len(data))) == []
+
+
+def test_samples_are_the_records_with_an_image():
+    files = [("0.jpg", b""), ("0.json", b""), ("1.json", b""), ("2.png", b""), ("3.webp", b"")]
+    files += [("4.jpeg", b""), ("5.seg.png", b""), ("6.gif", b""), ("7.JPG", b"")]
+    data = tar(files)
+    assert [record.key for record in samples(io.BytesIO(data))] == ["0", "2", "3", "4", "7"]
+    second = list(samples(io.BytesIO(data)))[1]
+    assert next(samples(io.BytesIO(data), second.offset)) == second
+
+
+def test_image_of_takes_the_first_suffix_that_is_there():
+    assert image_of({"cls": b"1", "jpg": b"a", "png": b"b"}) == ("png", b"b")
+    assert image_of({"webp": b"a"}) == ("webp", b"a")
+    assert image_of({"seg.png": b"a", "PNG": b"a"}) is None
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_tar_that_ends_inside_a_file_is_refused_wherever_it_ends(form):
+    long = "d" * 70 + "/" + "x" * 60
+    files = [("0.png", b"a" * 700), ("0.cls", b"1"), (long + ".png", b"b" * 512), ("2.png", b"")]
+    data = tar(files, FORMATS[form], mtime=1.5).rstrip(b"\0")
+    data += bytes(-len(data) % 512)
+    whole = by_us(data)
+    ends = set()
+    with tarfile.open(fileobj=io.BytesIO(data)) as opened:
+        for info in opened:
+            ends.add(info.offset_data + -(-info.size // 512) * 512)
+    for length in range(1, len(data)):
+        if length in ends:  # a tar without its end, which some programs leave out
+            found = [name for _, files in by_us(data[:length]) for name in files]
+            assert len(found) < sum(len(files) for _, files in whole)
+        else:
+            with pytest.raises(ValueError):
+                by_us(data[:length])
+
+
+def test_a_damaged_header_is_not_taken_for_the_end():
+    data = tar([(f"{number}.png", b"x") for number in range(5)], tarfile.USTAR_FORMAT)
+    damaged = bytearray(data)
+    damaged[2 * 1024] ^= 1
+    with tarfile.open(fileobj=io.BytesIO(damaged)) as opened:
+        assert len(opened.getnames()) == 2  # tarfile does so
+    with pytest.raises(ValueError, match="byte 2048"):
+        by_us(bytes(damaged))
+
+
+@pytest.mark.parametrize(
+    "pack", [gzip.compress, bz2.compress, lzma.compress], ids=lambda f: f.__module__
+)
+def test_compressed_tars_are_refused(pack):
+    with pytest.raises(ValueError, match="compressed: unpack"):
+        by_us(pack(tar([("0.png", b"x")])))
+
+
+@pytest.mark.parametrize(
+    "data", [b"x", b"x" * 512, b"PK\x03\x04" * 300, b"\0" * 511 + b"x"], ids=len
+)
+def test_what_is_no_tar_is_refused(data):
+    with pytest.raises(ValueError, match=r"not a tar|cut off"):
+        by_us(data)
+
+
+def test_an_empty_file_is_refused_and_an_empty_tar_is_not():
+    with pytest.raises(ValueError, match="empty"):
+        by_us(b"")
+    assert by_us(tar([])) == []
+
+
+def test_after_the_end_nothing_is_read():
+    data = tar([("0.png", b"x")], tarfile.USTAR_FORMAT)
+    assert by_us(data + b"garbage") == [("0", {"png": b"x"})]
+
+
+def test_names_split_over_prefix_and_name():
+    data = one_header(b"y.png", 3, prefix=b"some/folder") + b"abc".ljust(512, b"\0")
+    assert by_us(data) == by_webdataset(data) == [("some/folder/y", {"png": b"abc"})]
+
+
+def test_sizes_that_are_binary_or_blank():
+    binary = b"\x80" + (700).to_bytes(11, "big")
+    data = one_header(b"a.png", 0, size_field=binary) + b"a" * 1024
+    data += one_header(b"b.png", 0, size_field=b"       1234\0") + b"b" * 1024
+    data += one_header(b"c.png", 0, size_field=b"\0" * 12)
+    assert by_us(data) == by_webdataset(data)
+    assert [len(files["png"]) for _, files in by_us(data)] == [700, 0o1234, 0]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [b"\xff" * 12, b"\x80" + b"\xff" * 11, b"zzzzzzzzzzz\0", b"77777777777\0"],
+    ids=["negative", "huge", "letters", "8 GiB"],
+)
+def test_impossible_sizes_are_refused(field):
+    for kind in (b"0", b"5", b"x", b"L", b"Z"):
+        data = one_header(b"a.png", 0, kind, size_field=field) + b"a" * 1024
+        if kind == b"5" and field in (b"77777777777\0", b"\x80" + b"\xff" * 11):
+            continue  # a directory has no contents, whatever is said
+        with pytest.raises(ValueError):
+            by_us(data)
+
+
+def test_checksums_over_signed_bytes_are_accepted():
+    block = bytearray(one_header("ü.png".encode(), 0))
+    signed = sum(byte - 256 * (byte > 127) for byte in block[:148] + b" " * 8 + block[156:])
+    block[148:156] = b"%06o\0 " % signed
+    assert by_us(bytes(block)) == by_webdataset(bytes(block)) == [("ü", {"png": b""})]
+
+
+def pax(records):
+    body = b""
+    for key, value in records:
+        length = len(key) + len(value) + 3
+        while len(str(length)) + len(key) + len(value) + 3 != length:
+            length = len(str(length)) + len(key) + len(value) + 3
+        body += b"%d %s=%s\n" % (length, key, value)
+    return body
+
+
+def with_pax(body, kind=b"x"):
+    data = one_header(b"PaxHeader", len(body), kind) + body + bytes(-len(body) % 512)
+    return data + one_header(b"a.png", 4) + b"data".ljust(512, b"\0")
+
+
+def test_pax_names_sizes_and_what_looks_like_them():
+    body = pax([(b"comment", b"a path=b.jpg size=9\n12 path=c.gif"), (b"path", "ö.webp".encode())])
+    assert by_us(with_pax(body)) == by_webdataset(with_pax(body)) == [("ö", {"webp": b"data"})]
+    body = pax([(b"comment", b" path=x"), (b"size", b"2"), (b"linkpath", b"z.cls")])
+    assert by_us(with_pax(body)) == by_webdataset(with_pax(body)) == [("a", {"png": b"da"})]
+    assert by_us(with_pax(pax([(b"comment", b"of git")]), b"g")) == [("a", {"png": b"data"})]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"99 path=x\n",
+        b" path=x\n",
+        b"0 path=x\n",
+        b"3 path=x\n",
+        b"9 path=xyz\n",
+        pax([(b"size", b"x")]),
+        pax([(b"size", b"-4")]),
+        pax([(b"size", b"9" * 30)]),
+        pax([(b"GNU.sparse.major", b"1")]),
+    ],
+    ids=range(9),
+)
+def test_pax_headers_that_cannot_be_read_are_refused(body):
+    with pytest.raises(ValueError):
+        by_us(with_pax(body))
+
+
+def test_what_is_not_supported_is_refused():
+    with pytest.raises(ValueError, match="pax header"):
+        by_us(with_pax(pax([(b"path", b"x.png")]), b"g"))
+    with pytest.raises(ValueError, match="sparse"):
+        by_us(one_header(b"a.png", 0, b"S"))
+    with pytest.raises(ValueError, match="without its file"):
+        by_us(one_header(b"././@LongLink", 5, b"L") + b"x.png".ljust(512, b"\0"))
+
+
+@settings(deadline=None, max_examples=500)
+@given(
+    form=st.sampled_from(sorted(FORMATS)),
+    flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=4),
+    keep=st.none() | st.floats(0, 1),
+)
+def test_damage_gives_records_or_a_value_error(form, flips, keep):
+    long = "d" * 70 + "/" + "x" * 60 + ".png"
+    files = [("0.png", b"a" * 700), ("0.cls", b"1"), (long, b"b"), ("2.png", b"")]
+    data = bytearray(tar(files, FORMATS[form], mtime=1.5))
+    for place, change in flips:
+        data[int(place * len(data))] ^= change
+    if keep is not None:
+        del data[int(keep * len(data)) :]
+    try:
+        for record in records(io.BytesIO(data)):
+            assert record.files
+    except ValueError as error:
+        assert str(error)
+
+
+def test_any_headers_with_right_checksums_give_records_or_a_value_error():
+    for kind in range(256):
+        for size in (0, 5, 512, 600):
+            data = one_header(b"a.png", size, bytes([kind])) + b"12 path=x.y\n".ljust(1024, b"\0")
+            outcome(by_us, data + one_header(b"b.png", 0))
+
+
+def test_memory_does_not_grow_with_the_number_of_records(tmp_path):
+    path = tmp_path / "many.tar"
+
+    def peak(count):
+        with open(path, "wb") as file, TarWriter(file, encoder=False) as writer:
+            for number in range(count):
+                writer.write({"__key__": f"{number:06d}", "png": b"p" * 300, "cls": b"1"})
+        with open(path, "rb") as file:
+            tracemalloc.start()
+            try:
+                assert sum(1 for _ in records(file)) == count
+                return tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+
+    peak(10)
+    assert peak(2000) < peak(100) + 10_000
+
+
+def test_labels_of_cls_files():
+    assert label_of({"cls": b"7"}, "cls") == 7
+    assert label_of({"cls": b" 12\n"}, "cls") == 12
+    for text in (b"", b"cat", b"-1", b"1.0", b"1 2", "٣".encode(), b"\xff", b"9" * 5000):
+        with pytest.raises(ValueError):
+            label_of({"cls": text}, "cls")
+    with pytest.raises(ValueError, match="no cls file"):
+        label_of({"png": b""}, "cls")
+
+
+def test_labels_of_json_files():
+    content = {"label": 3, "a": {"b": {"c": 0}}, "text": "3", "yes": True, "half": 0.5, "less": -1}
+    files = {"json": json.dumps(content).encode()}
+    assert label_of(files, "json:label") == 3
+    assert label_of(files, "json:a.b.c") == 0
+    for key in ("text", "yes", "half", "less", "a"):
+        with pytest.raises(ValueError, match="not a class number"):
+            label_of(files, f"json:{key}")
+    for key in ("absent", "a.x", "label.x", "a.b.c.d"):
+        with pytest.raises(ValueError, match="no key"):
+            label_of(files, f"json:{key}")
+    for data in (b"", b"{", b"\xff", b"[" * 100_000, b'{"label": 1' + b"0" * 5000 + b"}"):
+        with pytest.raises(ValueError, match="not valid JSON"):
+            label_of({"json": data}, "json:label")
+    with pytest.raises(ValueError, match="no json file"):
+        label_of({"cls": b"1"}, "json:label")
+
+
+def test_large_contents_come_whole():
+    body = struct.pack(">I", 7) * 250_000
+    data = tar([("0.images.npy", body), ("0.labels.npy", b"x" * 2048)])
+    ((key, files),) = by_us(data)
+    assert key == "0" and files["images.npy"] == body and len(files["labels.npy"]) == 2048
