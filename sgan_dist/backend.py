@@ -5,22 +5,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import platform
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import accelerate
-import psutil
 import torch
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
+from sgan_dist import launcher
 from sgan_dist.config import OptimConfig, TrainConfig
-from sgan_dist.errors import UserError
-
-CPU_RANKS = (
-    "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {n} launch/train.py"
-)
+from sgan_dist.distributed import gather_objects
+from sgan_dist.errors import UserError, plural
 
 
 class Player:
@@ -108,11 +106,14 @@ class Backend:
     """The processes of this run, as Accelerate finds them in the launcher's environment."""
 
     def __init__(self, config: TrainConfig) -> None:
-        _refuse_silent_single_process()
-        self.precision = config.precision
-        self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
+        launcher.refuse_silent_single_process(os.environ)
+        self.precision = launcher.precision(config.precision, os.environ)
+        self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
         self.accelerator = accelerate.Accelerator(
-            mixed_precision="bf16" if config.precision == "bf16" else "no",
+            # by itself it would leave the ranks of a machine without GPUs each on its own
+            cpu=ranks > 1 and not torch.accelerator.is_available(),
+            mixed_precision="bf16" if self.precision == "bf16" else "no",
             kwargs_handlers=[
                 # Buffers are global averages already, the same on every rank.
                 DistributedDataParallelKwargs(broadcast_buffers=False)
@@ -122,11 +123,16 @@ class Backend:
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
+        if self.world_size != ranks:
+            raise UserError(
+                f"the launcher started {ranks} processes, and accelerate joined {self.world_size} of"
+                f" them; on CPU start them with: {launcher.CPU_RANKS.format(n=ranks)}"
+            )
         if config.world_size is not None and config.world_size != self.world_size:
             raise UserError(
                 f"train.world_size asks for {config.world_size} processes, and the launcher started"
                 f" {self.world_size}; on CPU start them with:"
-                f" {CPU_RANKS.format(n=config.world_size)}"
+                f" {launcher.CPU_RANKS.format(n=config.world_size)}"
             )
 
     def prepare(self, network: nn.Module, lr: float, config: OptimConfig) -> Player:
@@ -145,11 +151,16 @@ class Backend:
         return self.accelerator.autocast()  # type: ignore[no-any-return]
 
     def describe(self) -> str:
-        """One line: what the launcher gave."""
-        threads = f", {torch.get_num_threads()} threads each" if self.device.type == "cpu" else ""
+        """One line: launcher, wrapper, world, device and precision. All ranks must ask for it."""
+        nodes = len(set(gather_objects(platform.node())))
+        if self.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.device)
+        else:
+            device = f"{self.device.type} with {plural(torch.get_num_threads(), 'thread')} each"
         return (
-            f"{self.world_size} process{'es' if self.world_size > 1 else ''} on {self.device.type}"
-            f"{threads}, {self.precision}, accelerate {self.accelerator.distributed_type.value}"
+            f"{launcher.name(os.environ)}, {'DDP' if self.world_size > 1 else 'no wrapper'},"
+            f" {plural(self.world_size, 'process')} on {plural(nodes, 'node')}, {device},"
+            f" {self.precision}"
         )
 
     def close(self) -> None:
@@ -168,16 +179,3 @@ def frozen(network: nn.Module) -> Iterator[nn.Module]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def _refuse_silent_single_process() -> None:
-    """On CPU `accelerate launch --num_processes 2` names a rendezvous and starts one process."""
-    if "RANK" in os.environ or not {"MASTER_PORT", "ACCELERATE_USE_CPU"} <= os.environ.keys():
-        return
-    launcher = psutil.Process().parent()
-    # A port that the launcher was started with is the user's own, and asks for nothing.
-    if launcher is not None and "MASTER_PORT" not in launcher.environ():
-        raise UserError(
-            "accelerate was asked for several processes and started a single one, as it does on CPU;"
-            f" start them with: {CPU_RANKS.format(n='N')}"
-        )

@@ -120,8 +120,8 @@ class TrainConfig:
     """train the same D on the labeled images alone: no G, no unlabeled stream"""
     baseline_steps: int = 0
     """steps of a supervised-only run of the same D after the main one, for comparison; 0: none"""
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """of the networks; losses are at least fp32"""
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
+    """of the networks; losses are at least fp32. auto: the launcher's --mixed_precision, else fp32"""
     log_every: int = 50
     evaluate_every: int = 500
     """steps between evaluations on the validation split; 0: only at the end"""

@@ -1,4 +1,4 @@
-"""The errors that are meant for the person who runs the program."""
+"""What is meant for the person who runs the program: errors to mend, and words."""
 
 
 class UserError(Exception):
@@ -10,3 +10,8 @@ class UserError(Exception):
 
 class NonFiniteLoss(UserError):
     """A loss or a gradient became NaN or infinite; raised before the optimizer step, on every rank."""
+
+
+def plural(number: int, noun: str) -> str:
+    """`1 shard`, `2 shards`, `2 processes`."""
+    return f"{number} {noun}{('es' if noun.endswith('s') else 's') * (number != 1)}"

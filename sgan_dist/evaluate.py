@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from sgan_dist import config, distributed, losses
+from sgan_dist import config, distributed, launcher, losses
 from sgan_dist.backend import Backend
 from sgan_dist.data.index import DatasetIndex, load_index
 from sgan_dist.data.storage import Storage
@@ -192,6 +193,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", help="the prepared dataset; by default the run's own")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
+    launcher.adopt_slurm(os.environ)
     zero = is_rank_zero()
     try:
         backend = Backend(config.TrainConfig())

@@ -13,7 +13,7 @@ from sgan_dist.data.prepare import prepare
 from sgan_dist.data.remote import is_remote
 from sgan_dist.data.sources import source_name
 from sgan_dist.data.stream import transport, window_samples
-from sgan_dist.errors import UserError
+from sgan_dist.errors import UserError, plural
 from sgan_dist.tracking import say
 
 
@@ -85,26 +85,28 @@ def check_world(config: Config, index: DatasetIndex, world_size: int) -> None:
 
 
 def describe(config: Config, index: DatasetIndex, backend: Backend) -> str:
-    """What runs where, what the batches are cut from, and how long an epoch is."""
-    world = backend.world_size
-    lines = [f"{config.name}: {backend.describe()}"]
-    streams = [("labeled", config.data.labeled_batch), ("unlabeled", config.data.unlabeled_batch)]
-    for name, batch in streams:
-        if batch == 0:
-            continue
-        split = getattr(index, name)
-        lanes = f", {config.data.lanes} lanes" if split.order == "windowed" else ""
+    """What runs where, what the batches are cut from, and how long an epoch is. For all ranks."""
+    world, lanes = backend.world_size, f", {plural(config.data.lanes, 'lane')}"
+    batches = split_batches(config.data)
+    windowed = any(index.split(name).order == "windowed" for name in batches)
+    made = {"generated": config.train.fake_batch} if config.model.generator is not None else {}
+    step = " + ".join(f"{batch} {name}" for name, batch in (batches | made).items())
+    share = " + ".join(str(batch // world) for batch in (batches | made).values())
+    shared = f", {share} a rank" if world > 1 else ""
+    parts = f" in {config.train.accumulation} parts" if config.train.accumulation > 1 else ""
+    lines = [
+        f"{config.name}: {backend.describe()}; a step is {step} images{shared}{parts}"
+        f"{lanes * windowed}"
+    ]
+    for name, batch in batches.items():
+        split = index.split(name)
+        held = f"{split.samples} images in {plural(len(split.shards), 'shard')}"
         epochs = config.train.steps * batch / split.samples
-        held = f"{split.samples} images in {_count(len(split.shards), 'shard')}"
         lines.append(
-            f"  {name:<9}  {held}, {split.order} order{lanes}; {batch} a step,"
-            f" {batch // world} a rank; an epoch is {split.samples / batch:.1f} steps,"
+            f"  {name:<9}  {held}, {split.order} order; an epoch is {split.samples / batch:.1f} steps,"
             f" {epochs:.1f} epochs in all"
         )
-    if config.model.generator is not None:
-        fakes = config.train.fake_batch
-        lines.append(f"  generated  {fakes} a step, {fakes // world} a rank")
-    lines.append(f"  {config.train.steps} steps; run directory {config.directory}")
+    lines.append(f"  {plural(config.train.steps, 'step')}; run directory {config.directory}")
     return "\n".join(lines)
 
 
@@ -120,7 +122,7 @@ def coverage(config: Config, index: DatasetIndex, world_size: int) -> str:
         if split.order == "full":
             lines.append(
                 f"  {name:<9}  every rank reads the whole split once, at the start:"
-                f" {_count(len(split.shards), 'shard')}, {_mebibytes(size)}"
+                f" {plural(len(split.shards), 'shard')}, {_mebibytes(size)}"
             )
             continue
         lanes, n = config.data.lanes, split.samples
@@ -139,13 +141,9 @@ def coverage(config: Config, index: DatasetIndex, world_size: int) -> str:
                 pieces = order.pieces(0, cut, cut + lane_length(n, lanes, lane, 0))
                 read += sorted({piece.shard for piece in pieces})
             total = sum(split.shards[shard].bytes for shard in read)
-            reads = f"{_count(len(read), 'shard')}, {_mebibytes(total)}"
+            reads = f"{plural(len(read), 'shard')}, {_mebibytes(total)}"
             lines.append(f"    rank {rank} reads {reads}")
     return "\n".join(lines)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _mebibytes(size: int) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sgan_dist import alarms, checkpoint, preemption, rundir
+from sgan_dist import alarms, checkpoint, launcher, preemption, rundir
 from sgan_dist.backend import Backend
 from sgan_dist.config import Config, check, meaning, parse, run_directory, supervised
 from sgan_dist.data.index import DatasetIndex
@@ -42,6 +44,7 @@ GRID = 64  # images in a sample grid
 def main(argv: Sequence[str]) -> int:
     """launch/train.py: 0 when done, 2 for an error that the user can mend, 128 + signal if stopped."""
     try:
+        launcher.adopt_slurm(os.environ)
         config, dry_run = parse(argv, DEFAULT_CONFIG)
         return fit(check(config), dry_run)
     except UserError as error:
@@ -61,6 +64,10 @@ def fit(config: Config, dry_run: bool = False) -> int:
     Raises:
         UserError: on every rank alike, and before long work where it can be known then.
     """
+    precision = launcher.precision(config.train.precision, os.environ)
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, precision=precision)
+    )
     backend = Backend(config.train)
     if dry_run and must_prepare(config):
         if backend.rank == 0:
@@ -68,8 +75,9 @@ def fit(config: Config, dry_run: bool = False) -> int:
         return 0
     index = on_rank_zero(lambda: dataset(config))
     check_world(config, index, backend.world_size)
+    described = describe(config, index, backend)
     if backend.rank == 0:
-        say(describe(config, index, backend))
+        say(described)
     if dry_run:
         if backend.rank == 0:
             say(coverage(config, index, backend.world_size))

@@ -1,0 +1,128 @@
+"""What started a process, from the environments that launchers really leave."""
+
+from __future__ import annotations
+
+import pytest
+
+from sgan_dist import launcher
+from sgan_dist.errors import UserError
+from tests.ranks import run
+
+SRUN = {
+    "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+}
+
+
+def test_srun_alone_hands_out_ranks() -> None:
+    environ = dict(SRUN)
+    launcher.adopt_slurm(environ)
+    made = {k: environ[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    assert made == {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu07"}
+    assert 10_000 <= int(environ["MASTER_PORT"]) < 30_000
+    assert launcher.name(environ) == "srun"
+    other = SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    launcher.adopt_slurm(other)
+    assert other["MASTER_PORT"] == environ["MASTER_PORT"]
+    step = SRUN | {"SLURM_STEP_ID": "1"}
+    launcher.adopt_slurm(step)
+    assert step["MASTER_PORT"] != environ["MASTER_PORT"]
+    given = SRUN | {"MASTER_PORT": "4000", "MASTER_ADDR": "10.0.0.1"}
+    launcher.adopt_slurm(given)
+    assert given["MASTER_PORT"] == "4000" and given["MASTER_ADDR"] == "10.0.0.1"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"},  # a batch script's own
+        SRUN | {"SLURM_STEP_NUM_TASKS": "1"},
+        SRUN | {"RANK": "3"},  # accelerate launch under srun
+    ],
+    ids=["plain", "batch", "one task", "launched"],
+)
+def test_other_processes_are_left_alone(environ: dict[str, str]) -> None:
+    before = dict(environ)
+    launcher.adopt_slurm(environ)
+    assert environ == before
+
+
+def test_srun_without_a_node_list_is_refused() -> None:
+    environ = {key: value for key, value in SRUN.items() if key != "SLURM_STEP_NODELIST"}
+    with pytest.raises(UserError, match=r"SLURM_STEP_NODELIST does not say where.*MASTER_ADDR"):
+        launcher.adopt_slurm(environ)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("gpu[03-05,9]", "gpu03"),
+        ("gpu[3,7]-ib,login1", "gpu3-ib"),
+        ("a-b[001-128],c", "a-b001"),
+    ],
+)
+def test_first_host(nodes: str, first: str) -> None:
+    assert launcher.first_host(nodes) == first
+
+
+def test_the_config_comes_before_the_launchers_precision() -> None:
+    assert launcher.precision("auto", {}) == "fp32"
+    assert launcher.precision("auto", {"ACCELERATE_MIXED_PRECISION": "no"}) == "fp32"
+    assert launcher.precision("auto", {"ACCELERATE_MIXED_PRECISION": "bf16"}) == "bf16"
+    assert launcher.precision("fp32", {"ACCELERATE_MIXED_PRECISION": "bf16"}) == "fp32"
+    assert launcher.precision("bf16", {"ACCELERATE_MIXED_PRECISION": "fp16"}) == "bf16"
+    for half in ("fp16", "fp8"):
+        with pytest.raises(UserError, match=f"--mixed_precision {half}.*bf16 or no.*--train.prec"):
+            launcher.precision("auto", {"ACCELERATE_MIXED_PRECISION": half})
+
+
+DRY = ("launch/train.py", "--dry_run")
+TWO = "--nproc_per_node=2"
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "expected"),
+    [
+        (("python", *DRY), {}, "python, no wrapper, 1 process on 1 node"),
+        (
+            ("accelerate", "launch", "--mixed_precision", "bf16", *DRY),
+            {},
+            "accelerate launch, no wrapper, 1 process on 1 node, cpu with 1 thread each, bf16",
+        ),
+        (
+            ("accelerate", "launch", "--mixed_precision", "bf16", *DRY, "--train.precision=fp32"),
+            {},
+            "cpu with 1 thread each, fp32",
+        ),
+        (("torchrun", "--standalone", TWO, *DRY), {}, "torchrun, DDP, 2 processes on 1 node"),
+        (
+            ("accelerate", "launch", "--multi_gpu", "--num_processes", "2", *DRY),
+            {"ACCELERATE_USE_CPU": "true"},
+            "accelerate launch, DDP, 2 processes on 1 node, cpu with 1 thread each, fp32; a step is"
+            " 32 labeled + 64 unlabeled + 32 generated images, 16 + 32 + 16 a rank",
+        ),
+    ],
+    ids=["python", "accelerate", "precedence", "torchrun", "accelerate-two"],
+)
+def test_every_launcher_arrives(command, more, expected, digits, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    options = (f"--data.root={digits}", f"--run_dir={tmp_path}/run")
+    code, output = run(*command, *options, **more)
+    assert code == 0 and expected in " ".join(output.split()), output
+
+
+def test_a_users_accelerate_config_is_read(digits, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    home = tmp_path / "home" / "accelerate"
+    home.mkdir(parents=True)
+    config = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nuse_cpu: true\n"
+    command = ("accelerate", "launch", *DRY, f"--data.root={digits}", f"--run_dir={tmp_path}/run")
+    for asked, code, expected in (("bf16", 0, " bf16;"), ("fp16", 2, "--mixed_precision fp16")):
+        (home / "default_config.yaml").write_text(f"{config}mixed_precision: {asked}\n")
+        got, output = run(*command, HF_HOME=str(tmp_path / "home"))
+        assert (got != 0) == (code != 0) and expected in output, output
