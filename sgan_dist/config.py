@@ -114,6 +114,8 @@ class TrainConfig:
     steps: int = 1000
     fake_batch: int = 32
     """generated images in D's step, over all ranks; G's own step makes as many"""
+    deepspeed: str | None = None
+    """a DeepSpeed JSON (configs/deepspeed/); None: DDP, or what the launcher's own options ask for"""
     accumulation: int = 1
     """parts that each rank's batches pass D in, one after another; the same gradients in less memory"""
     supervised_only: bool = False
@@ -345,6 +347,7 @@ FREE_AT_RESUME = {
     "data.labels_per_class", "data.label_seed", "data.validation",  # the data fingerprint covers them
     "train.steps", "train.baseline_steps", "train.log_every", "train.evaluate_every",
     "train.sample_every", "train.world_size", "train.accumulation", "train.replica_check_every",
+    "train.deepspeed",
     "checkpoint.every", "checkpoint.keep", "tracking.wandb", "tracking.project",
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sgan_dist import config, distributed, launcher, losses
-from sgan_dist.backend import Backend
+from sgan_dist.backend import AccelerateBackend
 from sgan_dist.data.index import DatasetIndex, load_index
 from sgan_dist.data.storage import Storage
 from sgan_dist.data.stream import open_storage, read_split, transport
@@ -196,7 +196,7 @@ def main(argv: Sequence[str]) -> int:
     launcher.adopt_slurm(os.environ)
     zero = is_rank_zero()
     try:
-        backend = Backend(config.TrainConfig())
+        backend = AccelerateBackend(config.Config())
         data = config.load(args.run_dir / "config.yaml").data
         data = dataclasses.replace(data, root=args.data or data.root)
         network, about = load_classifier(args.run_dir / "classifier.safetensors")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from sgan_dist import ema
-from sgan_dist.backend import Backend, Player
 from sgan_dist.config import Config, EmaConfig
 from sgan_dist.data.loader import SemiSupervisedBatch
 from sgan_dist.distributed import GlobalBatchNorm, differing_replica, gather_batch
@@ -17,6 +16,7 @@ from sgan_dist.errors import UserError
 from sgan_dist.models import build_discriminator, build_generator
 from sgan_dist.models.base import data_dependent_init
 from sgan_dist.noise import Draw, Rows
+from sgan_dist.players import Backend, Player
 
 
 @dataclass(frozen=True)

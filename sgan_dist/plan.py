@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sgan_dist.backend import Backend
 from sgan_dist.config import Config
 from sgan_dist.data.index import INDEX_NAME, DatasetIndex, load_index
 from sgan_dist.data.loader import check_shares, split_batches
@@ -14,6 +13,7 @@ from sgan_dist.data.remote import is_remote
 from sgan_dist.data.sources import source_name
 from sgan_dist.data.stream import transport, window_samples
 from sgan_dist.errors import UserError, plural
+from sgan_dist.players import Backend
 from sgan_dist.tracking import say
 
 

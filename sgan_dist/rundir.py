@@ -12,10 +12,10 @@ from typing import Any, TextIO
 
 import torch
 
-from sgan_dist.backend import Backend
 from sgan_dist.config import Config, save
 from sgan_dist.data.remote import is_remote
 from sgan_dist.errors import UserError
+from sgan_dist.players import Backend
 
 _locks: list[TextIO] = []  # open files: closing one would give its lock up
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from sgan_dist import losses
 from sgan_dist.augment import augment
-from sgan_dist.backend import Backend, Player, frozen
 from sgan_dist.config import Config
 from sgan_dist.data.loader import SemiSupervisedBatch
 from sgan_dist.distributed import all_sum
 from sgan_dist.errors import NonFiniteLoss
 from sgan_dist.networks import Networks, to_float
 from sgan_dist.noise import Draw, Rows
+from sgan_dist.players import Backend, Player, frozen
 
 ALIGNMENT_MOMENTUM = 0.01  # of the averaged D's mean prediction
 
@@ -219,9 +219,20 @@ def _update(
     """The finite check and the optimizer step, after the backward; one wait for the device."""
     dtype = next(iter(shares.values())).dtype
     totals = all_sum(torch.stack([value.to(dtype) for value in shares.values()]))
-    norm = player.clipped()
-    values = torch.cat([totals, norm.to(totals.dtype).view(1)]).tolist()
-    metrics = dict(zip([*shares, f"{prefix}/gradient_norm"], values, strict=True))
+    norm, norm_name = player.clipped(), f"{prefix}/gradient_norm"
+    if norm is not None:
+        totals = torch.cat([totals, norm.to(totals.dtype).view(1)])
+    names = [*shares, norm_name] if norm is not None else list(shares)
+    metrics = dict(zip(names, totals.tolist(), strict=True))
+    _check_finite(metrics, step)
+    after = player.step(lr * rate(step, config))
+    if after is not None:  # ZeRO knows the norm only now, and left the step out if it is not finite
+        metrics[norm_name] = float(after)
+        _check_finite(metrics, step)
+    return metrics
+
+
+def _check_finite(metrics: dict[str, float], step: int) -> None:
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
         raise NonFiniteLoss(
@@ -229,5 +240,3 @@ def _update(
             " start anew, with another --run_dir, at lower rates or with optim.clip_norm; checkpoints"
             " of earlier steps are good"
         )
-    player.step(lr * rate(step, config))
-    return metrics

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sgan_dist import alarms, checkpoint, launcher, preemption, rundir
-from sgan_dist.backend import Backend
+from sgan_dist.backend import open_backend
 from sgan_dist.config import Config, check, meaning, parse, run_directory, supervised
 from sgan_dist.data.index import DatasetIndex
 from sgan_dist.data.loader import SemiSupervisedBatch, SemiSupervisedLoader
@@ -33,6 +33,7 @@ from sgan_dist.export import save_classifier
 from sgan_dist.networks import Networks, build, initialize
 from sgan_dist.noise import Draw, Rows
 from sgan_dist.plan import check_world, coverage, dataset, describe, must_prepare
+from sgan_dist.players import Backend
 from sgan_dist.report import make_report
 from sgan_dist.step import discriminator_step, generator_step, rate
 from sgan_dist.tracking import Meters, Progress, Tracker, say
@@ -68,7 +69,7 @@ def fit(config: Config, dry_run: bool = False) -> int:
     config = dataclasses.replace(
         config, train=dataclasses.replace(config.train, precision=precision)
     )
-    backend = Backend(config.train)
+    backend = open_backend(config)
     if dry_run and must_prepare(config):
         if backend.rank == 0:
             say(f"{config.data.root} is not there yet: a run first prepares {config.data.source}")

@@ -42,12 +42,13 @@ def decode(encoded: bytes, shape: tuple[int, int, int], resize: bool) -> NDArray
         ValueError: it can't be decoded, whole and without doubt, for one short reason.
     """
     try:
-        found = _header(encoded)
+        opened = None if _is_jpeg(encoded) else _open(encoded)
+        found = _shape(encoded, opened)
         if resize:
-            return _resized(encoded, found, shape)
+            return _resized(encoded, opened, found, shape)
         if found != shape:
             raise ValueError(f"image of shape {found}, expected {shape}")
-        return _pixels(encoded, found, shape[2])
+        return _pixels(encoded, opened, found, shape[2])
     except Exception as error:  # noqa: BLE001 - decoders raise all sorts of them on damaged files
         raise ValueError(_reason(error)) from None
 
@@ -59,26 +60,28 @@ def header(encoded: bytes) -> tuple[int, int, int]:
         ValueError: the header can't be read, for one short reason.
     """
     try:
-        return _header(encoded)
+        return _shape(encoded, None if _is_jpeg(encoded) else _open(encoded))
     except Exception as error:  # noqa: BLE001 - decoders raise all sorts of them on damaged files
         raise ValueError(_reason(error)) from None
 
 
-def _header(encoded: bytes) -> tuple[int, int, int]:
-    if _is_jpeg(encoded):
+def _shape(encoded: bytes, opened: ImageFile | None) -> tuple[int, int, int]:
+    if opened is None:
         height, width, space, _ = simplejpeg.decode_jpeg_header(encoded)
         channels = 1 if space == "Gray" else 3
     else:
-        with _open(encoded) as image:
-            width, height = image.size
-            channels = 1 if image.mode in _GRAY_MODES else 3
+        width, height = opened.size
+        channels = 1 if opened.mode in _GRAY_MODES else 3
     if height * width > MAX_PIXELS:
         raise ValueError(f"{height} x {width} pixels, more than {MAX_PIXELS:,} are not decoded")
     return height, width, channels
 
 
 def _resized(
-    encoded: bytes, found: tuple[int, int, int], shape: tuple[int, int, int]
+    encoded: bytes,
+    opened: ImageFile | None,
+    found: tuple[int, int, int],
+    shape: tuple[int, int, int],
 ) -> NDArray[np.uint8]:
     height, width, channels = shape
     # what is kept: the middle, as large as can be, of the wanted shape's height to width
@@ -86,7 +89,7 @@ def _resized(
     # libjpeg halves or quarters at a fraction of the cost; twice the wanted size loses nothing
     # that is seen (45 dB and more), while 5/8 to 7/8 would cost as much as the whole
     eighths = next((n for n in _SCALES if kept * n / 8 >= 2), 8) if _by_turbo(encoded) else 8
-    pixels = _pixels(encoded, found, channels, eighths)
+    pixels = _pixels(encoded, opened, found, channels, eighths)
     image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
     # a scaled image is rounded up to whole pixels, so its size must not be taken for its scale
     scale = eighths / 8
@@ -97,7 +100,11 @@ def _resized(
 
 
 def _pixels(
-    encoded: bytes, found: tuple[int, int, int], channels: int, eighths: int = 8
+    encoded: bytes,
+    opened: ImageFile | None,
+    found: tuple[int, int, int],
+    channels: int,
+    eighths: int = 8,
 ) -> NDArray[np.uint8]:
     """The whole image, uint8 (h, w, channels); of a JPEG, `eighths` of it each way."""
     if _by_turbo(encoded):
@@ -108,7 +115,7 @@ def _pixels(
             min_width=math.ceil(found[1] * eighths / 8),
         )
         return pixels
-    with _open(encoded) as image:
+    with opened or _open(encoded) as image:
         whole = np.asarray(_converted(image, "L" if channels == 1 else "RGB"))
     return whole.reshape(*whole.shape[:2], channels)
 

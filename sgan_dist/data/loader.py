@@ -84,6 +84,8 @@ class SemiSupervisedLoader:
             }
         finally:
             storage.close()
+        nothing = torch.empty(0, dtype=torch.int64)
+        self._empty = torch.empty((0, *index.image_shape), dtype=torch.uint8), nothing, nothing
         # out of pinned (page-locked) memory a GPU copies while this process goes on
         self._pin = torch.cuda.is_available()
         self._iterator: Any = None
@@ -136,9 +138,7 @@ class SemiSupervisedLoader:
 
     def _batch(self, step: int, windowed: list[Parts]) -> SemiSupervisedBatch:
         """One step's batch: slices of the splits in memory, parts of the windowed ones joined."""
-        height, width, channels = self._index.image_shape
-        empty = torch.empty(0, dtype=torch.int64)
-        found = {"unlabeled": (torch.empty(0, height, width, channels).byte(), empty, empty)}
+        found = {"unlabeled": self._empty}
         for split, batch in self._batches.items():
             if split in self._full:
                 share = batch // self._world_size

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import math
 import os
 import struct
 import tarfile
@@ -26,7 +27,7 @@ from sgan_dist.data.records import image_of, label_of, records, samples
 from sgan_dist.data.storage import Storage
 from sgan_dist.errors import UserError
 
-OFFSETS_KEPT = 256  # shards
+PLACES_KEPT = 256  # shards
 NPY_HEADER = 256  # bytes; numpy's own take 128 for an array of few dimensions
 
 Bytes = NDArray[np.uint8]
@@ -42,6 +43,16 @@ class Skip(NamedTuple):
     why: str
 
 
+class _Places(NamedTuple):
+    """Where each record of a shard begins and the last one ends; and the arrays of packed ones.
+
+    Of a record that was read before: the bytes at which its first image and its first label lie.
+    """
+
+    offsets: Int64s
+    arrays: dict[int, tuple[int, int]]
+
+
 class Reader:
     """A split's shards. `skips` are the damaged records met so far, each once."""
 
@@ -54,8 +65,8 @@ class Reader:
         self.skips: dict[tuple[int, int], Skip] = {}
         self.name = split
         self.label = index.label
-        # lanes that follow one another through a shard share its offsets
-        self._offsets: OrderedDict[int, Int64s] = OrderedDict()
+        # lanes that follow one another through a shard share what is known of it
+        self._places: OrderedDict[int, _Places] = OrderedDict()
         self._resize = index.resize
         self._classes = len(index.class_names)
         # ids: a sample's number in the split is its shard's first id and its place in the shard
@@ -97,13 +108,13 @@ class Reader:
             )
         self.skips.setdefault((number, record), Skip(shard.name, record, count, _reason(error)))
 
-    def offsets(self, number: int, file: BinaryIO) -> Int64s:
-        """Where each record of a shard begins and the last one ends, in bytes.
+    def places(self, number: int, file: BinaryIO) -> _Places:
+        """Where the records of a shard are.
 
         Without a sidecar the open `file` is read for it. Raises ValueError where that is another
         number of records than the index says.
         """
-        if number not in self._offsets:
+        if number not in self._places:
             count = -(-self.split.shards[number].samples // self.split.block)
             offsets = self.storage.offsets(self.name, number, count)
             if offsets is None:
@@ -112,10 +123,10 @@ class Reader:
                 if len(found) != count:
                     raise ValueError(f"it has {len(found)} records, its index says {count}")
                 offsets = np.array([offset for offset, _ in found] + [found[-1][1]])
-            while len(self._offsets) >= OFFSETS_KEPT:
-                self._offsets.popitem(last=False)
-            self._offsets[number] = offsets
-        return self._offsets[number]
+            while len(self._places) >= PLACES_KEPT:
+                self._places.popitem(last=False)
+            self._places[number] = _Places(offsets, {})
+        return self._places[number]
 
     def check_hash(self, number: int) -> None:
         """Raises UserError unless a shard's bytes are those that were indexed."""
@@ -150,7 +161,7 @@ class Cursor:
         self._reader = reader
         self._shard = -1
         self._file: BinaryIO = io.BytesIO()
-        self._offsets = np.empty(0, np.int64)
+        self._places = _Places(np.empty(0, np.int64), {})
 
     def read(
         self, shard: int, first: int, count: int, images: Images, labels: Int64s, at: int
@@ -179,7 +190,7 @@ class Cursor:
             return
         self.close()
         self._file = self._reader.storage.open(self._reader.split.shards[shard])
-        self._offsets = self._reader.offsets(shard, self._file)
+        self._places = self._reader.places(shard, self._file)
         self._shard = shard
 
     def _read_samples(
@@ -187,7 +198,9 @@ class Cursor:
     ) -> list[int]:
         reader, found = self._reader, 0
         damaged: list[int] = []
-        for record in itertools.islice(samples(self._file, int(self._offsets[first])), count):
+        for record in itertools.islice(
+            samples(self._file, int(self._places.offsets[first])), count
+        ):
             row = at + found
             image = image_of(record.files)
             assert image is not None  # else it would not be a sample
@@ -213,14 +226,13 @@ class Cursor:
         while at < end:
             record, inside = divmod(first, block)
             rows = slice(at, at + min(block - inside, end - at))
-            within = min(block, total - record * block)
-            members = _members(descriptor, *self._offsets[record : record + 2].tolist())
             try:
-                place = _member(members, "images.npy")
-                _read_rows(descriptor, *place, (within, *reader.shape), "u1", inside, images[rows])
+                if record not in self._places.arrays:
+                    self._find_arrays(record, min(block, total - record * block))
+                first_image, first_label = self._places.arrays[record]
+                _read_into(images[rows], descriptor, first_image + inside * images[0].nbytes)
                 if reader.labeled:
-                    place = _member(members, "labels.npy")
-                    _read_rows(descriptor, *place, (within,), "i8", inside, labels[rows])
+                    _read_into(labels[rows], descriptor, first_label + inside * labels.itemsize)
                     reader.checked(labels[rows].min())
                     reader.checked(labels[rows].max())
             except ValueError as error:
@@ -229,6 +241,17 @@ class Cursor:
             first += rows.stop - at
             at = rows.stop
         return damaged
+
+    def _find_arrays(self, record: int, count: int) -> None:
+        """Notes where a packed record's arrays lie; ValueError unless they are of `count` samples."""
+        reader, descriptor = self._reader, self._file.fileno()
+        members = _members(descriptor, *self._places.offsets[record : record + 2].tolist())
+        shape = (count, *reader.shape)
+        images = _array_in(descriptor, members, "images.npy", shape, "u1")
+        labels = (
+            _array_in(descriptor, members, "labels.npy", (count,), "i8") if reader.labeled else 0
+        )
+        self._places.arrays[record] = images, labels
 
 
 def _reason(error: Exception) -> str:
@@ -255,25 +278,20 @@ def _members(descriptor: int, start: int, end: int) -> dict[str, tuple[int, int]
     return found
 
 
-def _member(members: dict[str, tuple[int, int]], extension: str) -> tuple[int, int]:
-    if extension not in members:
-        raise ValueError(f"it has no {extension}")
-    return members[extension]
-
-
-def _read_rows(
+def _array_in(
     descriptor: int,
-    place: int,
-    size: int,
+    members: dict[str, tuple[int, int]],
+    name: str,
     shape: tuple[int, ...],
     dtype: str,
-    first: int,
-    out: NDArray[Any],
-) -> None:
-    """Rows [first, first + len(out)) of the .npy file that lies at `place`, straight into `out`.
+) -> int:
+    """Where in the file the data of the .npy file `name` begin.
 
-    Raises ValueError unless the file holds an array of this shape and type, and is whole.
+    Raises ValueError unless it holds an array of this shape and type, and no more.
     """
+    if name not in members:
+        raise ValueError(f"it has no {name}")
+    place, size = members[name]
     head = os.pread(descriptor, min(size, NPY_HEADER), place)
     # magic and version, length of the rest of the header (two bytes in version 1.0), the rest
     length = 10 + struct.unpack_from("<H", head, 8)[0] if head[:8] == b"\x93NUMPY\x01\0" else 0
@@ -283,13 +301,17 @@ def _read_rows(
     wanted = (shape, False, np.dtype(dtype).newbyteorder("<"))
     if found != wanted:
         raise ValueError(f"array of shape {found[0]} and type {found[2]}, expected {shape} {dtype}")
-    row = out[:1].nbytes
-    if size - length != row * shape[0]:
+    if size - length != math.prod(shape) * wanted[2].itemsize:
         raise ValueError(f"array of {size - length} bytes, too few or too many for {shape}")
+    return place + length
+
+
+def _read_into(out: NDArray[Any], descriptor: int, place: int) -> None:
+    """Fills `out` with the file's bytes from `place` on."""
     view = out.view(np.uint8).reshape(-1)
     done = 0
     while done < len(view):
-        read = os.preadv(descriptor, [view[done:].data], place + length + first * row + done)
+        read = os.preadv(descriptor, [view[done:].data], place + done)
         if read == 0:
             raise EOFError("the file ends within a record")
         done += read

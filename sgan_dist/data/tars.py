@@ -8,23 +8,17 @@ goes on.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import contextlib
 import errno
 import fcntl
 import hashlib
-import json
-import multiprocessing
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
-
-from tqdm import tqdm
+from typing import Any
 
 from sgan_dist.data.index import (
     DEFAULT,
@@ -43,10 +37,18 @@ from sgan_dist.data.index import (
 from sgan_dist.data.order import ORDER_VERSION
 from sgan_dist.data.patterns import expand
 from sgan_dist.data.remote import Transport, is_remote
-from sgan_dist.data.scan import INCOMING, Facts, Task, die_with, scan
+from sgan_dist.data.scan import (
+    INCOMING,
+    JOURNAL,
+    SCANNED,
+    Facts,
+    Task,
+    offsets_file,
+    place,
+    remarks,
+    scan_all,
+)
 from sgan_dist.errors import UserError
-
-JOURNAL = "index.journal"
 
 Found = dict[Task, Facts]
 
@@ -106,13 +108,14 @@ def index_shards(
         with _locked(out):
             existing = _existing(out, request, locations)
             if existing is not None:
-                (out / JOURNAL).unlink(missing_ok=True)
+                _clear(out)  # a run may have been killed at its very end
                 if progress:
                     print(f"{out} already holds this dataset: nothing to do", file=sys.stderr)
                 return existing
             (out / JOURNAL).touch()
-            found = _scan_all(out, _tasks(locations, label), names, image_size, jobs,
-                              transport, progress)
+            tasks = _tasks(locations, label)
+            agreement = _Agreement(names, image_size)
+            found = scan_all(out, tasks, agreement.check, jobs, transport, progress)
             shape = _image_shape(found, image_size, gray)
             histograms = _histograms(found, names)
             index = with_fingerprint(
@@ -130,11 +133,11 @@ def index_shards(
                     fingerprint="",
                 )
             )
-            _finish(out, index)
+            _finish(out, index, found)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "free space" if full else "choose another --out"
-        raise UserError(f"cannot write {out}: {error.strerror}; {advice}") from None
+        advice = "free space there and run the same again" if full else "choose another --out"
+        raise UserError(f"cannot use {error.filename or out}: {error.strerror}; {advice}") from None
     if progress:
         for line in _remarks(found, index):
             print(line, file=sys.stderr)
@@ -199,7 +202,7 @@ def _existing(
             f"{out} exists and holds no index: choose another --out, or empty it yourself"
         )
     index = load_index(out)
-    shards = {split: [shard.name for shard in index.split(split).shards] for split in SPLITS}
+    shards = {split: tuple(shard.name for shard in index.split(split).shards) for split in SPLITS}
     if index.request != request or shards != locations:
         again = "" if index.request != request else ", and the patterns match other shards now"
         raise UserError(
@@ -212,106 +215,181 @@ def _existing(
 def _tasks(locations: Mapping[str, Sequence[str]], label: str) -> list[Task]:
     tasks = []
     for split in SPLITS:
-        for number, location in enumerate(locations[split]):
+        for location in locations[split]:
             stat = None if is_remote(location) else Path(location).stat()
-            identity = "" if stat is None else f"{stat.st_size} {stat.st_mtime_ns}"
+            state = "" if stat is None else f"{stat.st_size} {stat.st_mtime_ns}"
             needed = None if split == "unlabeled" else label
-            tasks.append(Task(split, number, location, needed, identity))
+            tasks.append(Task(split, location, needed, state))
     return tasks
 
 
-def _scan_all(
-    out: Path,
-    tasks: list[Task],
-    names: tuple[str, ...] | None,
-    image_size: int | None,
-    jobs: int | None,
-    transport: Transport,
-    progress: bool,
-) -> Found:
-    """What every shard holds, in order; what an earlier run found is taken from the journal."""
-    known = _journal(out)
-    found = {task: known[task] for task in tasks if task in known}
-    agreement = _Agreement(names, image_size)
+class _Agreement:
+    """Whether shards go together, told as soon as one doesn't."""
+
+    def __init__(self, names: tuple[str, ...] | None, image_size: int | None) -> None:
+        self._names = names
+        self._any_shape = image_size is not None
+        self._first: tuple[list[int], str] | None = None
+
+    def check(self, task: Task, facts: Facts) -> None:
+        """Raise UserError where a label has no name, or images differ that should be alike."""
+        if self._names is not None and facts.largest_label >= len(self._names):
+            raise UserError(
+                f"{_largest(task, facts)}, the class names are {len(self._names)}: they begin "
+                "with that of class 0, and every label takes one"
+            )
+        if self._any_shape or not facts.shape:
+            return
+        self._first = self._first or (facts.shape, place(task, facts.shape_key))
+        candidates = ((facts.shape, facts.shape_key), (facts.other, facts.other_key))
+        for shape, key in candidates:
+            if shape and shape != self._first[0]:
+                raise UserError(
+                    f"images differ: {_shown(self._first[0])} of {self._first[1]}, "
+                    f"{_shown(shape)} of {place(task, key)}; --image-size N scales and crops "
+                    "them to one size (what was scanned is kept)"
+                )
+
+
+def _largest(task: Task, facts: Facts) -> str:
+    return f"{place(task, facts.largest_key)} has the label {facts.largest_label}"
+
+
+def _shown(shape: list[int]) -> str:
+    height, width, channels = shape
+    return f"{height} x {width} ({'gray' if channels == 1 else 'color'})"
+
+
+def _image_shape(found: Found, image_size: int | None, gray: bool) -> tuple[int, int, int]:
+    for split in SPLITS:
+        if not any(facts.shape for task, facts in found.items() if task.split == split):
+            raise UserError(f"no image of the {split} shards can be read: are they whole?")
+    if image_size is not None:
+        return image_size, image_size, 1 if gray else 3
+    height, width, channels = next(facts.shape for facts in found.values() if facts.shape)
+    return height, width, channels
+
+
+def _histograms(found: Found, names: tuple[str, ...] | None) -> dict[str, tuple[int, ...]]:
+    """Samples of each class by split. Unless they are named, the labeled samples tell the classes.
+
+    Raises UserError where other splits have further classes.
+    """
+    counts = {split: Counter[int]() for split in SPLITS}
     for task, facts in found.items():
-        agreement.check(task, facts)
-    if found and progress:
-        print(f"{len(found)} of {len(tasks)} shards were scanned before", file=sys.stderr)
-    shutil.rmtree(out / INCOMING, ignore_errors=True)  # what a killed run left
-    for folder in (INCOMING, *SPLITS):
-        (out / folder).mkdir(exist_ok=True)
-    broken: dict[Task, str] = {}
-    with (
-        open(out / JOURNAL, "a", encoding="utf-8") as journal,
-        tqdm(
-            total=len(tasks), initial=len(found), unit=" shards", disable=None if progress else True
-        ) as bar,
-    ):
-        journal.write("\n")  # a killed run may have left half a line
-        missing = [task for task in tasks if task not in found]
-        for task, result in _in_processes(missing, out, transport, jobs):
-            bar.update(1)
-            if isinstance(result, str):
-                broken[task] = result
-                continue
-            # kept before it is checked: other options may agree with it
-            _note(journal, task, result)
-            agreement.check(task, result)
-            found[task] = result
-    if broken:
-        several = [f"{task.location} ({broken[task]})" for task in tasks if task in broken]
+        counts[task.split].update({int(label): n for label, n in facts.histogram.items()})
+    classes = len(names) if names is not None else max(counts["labeled"]) + 1
+    for task, facts in found.items():
+        if facts.largest_label >= classes:
+            raise UserError(
+                f"{_largest(task, facts)}, labeled samples end at class {classes - 1}: give "
+                "labeled samples of all classes, or their names with --class-names"
+            )
+    if classes > counts["labeled"].total():
         raise UserError(
-            f"{len(several)} of {len(tasks)} shards cannot be indexed: {'; '.join(several)}; "
-            "mend them or leave them out of the patterns, and run the same again: the others "
-            "are not scanned anew"
+            f"{counts['labeled'].total()} labeled samples cannot show {classes} classes: labels "
+            "must count from 0 on without large gaps"
         )
-    return {task: found[task] for task in tasks}
+    return {
+        split: () if split == "unlabeled" else tuple(count[label] for label in range(classes))
+        for split, count in counts.items()
+    }
 
 
-def _in_processes(
-    tasks: list[Task], out: Path, transport: Transport, jobs: int | None
-) -> Iterator[tuple[Task, Facts | str]]:
-    """Scan in several processes, which end when this one does, however it ends."""
-    if not tasks:
-        return
-    count = min(jobs or len(os.sched_getaffinity(0)), len(tasks))
-    context = multiprocessing.get_context("forkserver")
-    lifeline, ours = context.Pipe(duplex=False)
-    executor = concurrent.futures.ProcessPoolExecutor(count, context, die_with, (lifeline,))
+def _split(
+    found: Found,
+    split: str,
+    shape: tuple[int, int, int],
+    histograms: Mapping[str, tuple[int, ...]],
+    order: str,
+) -> SplitIndex:
+    shards = tuple(
+        Shard(task.location, facts.samples, facts.bytes, facts.sha256)
+        for task, facts in found.items()
+        if task.split == split
+    )
+    samples = sum(shard.samples for shard in shards)
+    forced = split == "unlabeled" and order != "auto"
+    chosen = order if forced else order_for(samples, shape)
+    return SplitIndex("per-sample", chosen, 1, samples, histograms[split], shards)
+
+
+def _finish(out: Path, index: DatasetIndex, found: Found) -> None:
+    """Put the sidecars and the index in their places; then what led to them is not needed."""
+    for split in SPLITS:
+        shutil.rmtree(out / split, ignore_errors=True)  # a run that was killed right here
+        (out / split).mkdir()
+        for number, task in enumerate(task for task in found if task.split == split):
+            offsets_file(out, task).replace(out / sidecar_name(split, number))
+    save(index, out / INCOMING)
+    (out / INCOMING / INDEX_NAME).replace(out / INDEX_NAME)
+    _clear(out)
+
+
+def _clear(out: Path) -> None:
+    for folder in (INCOMING, SCANNED):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    (out / JOURNAL).unlink(missing_ok=True)
+
+
+def _remarks(found: Found, index: DatasetIndex) -> list[str]:
+    """What the index does not tell, and should not go unsaid."""
+    lines = remarks(found)
+    absent = [str(label) for label, n in enumerate(index.labeled.label_histogram) if not n]
+    if absent:
+        shown = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
+        lines.append(f"classes without a labeled sample: {shown}")
+    training = {shard.sha256 for split in SPLITS[:2] for shard in index.split(split).shards}
+    for split in SPLITS[2:]:
+        shared = sum(shard.sha256 in training for shard in index.split(split).shards)
+        if shared:
+            lines.append(
+                f"{shared} {split} shard(s) are trained on too: errors on them will look too good"
+            )
+    return lines
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line of launch/index_shards.py: an exit code.
+
+    0 when indexed, 2 (an error) or 130 (Ctrl-C) with a line on stderr.
+    """
+    parser = argparse.ArgumentParser(
+        prog="index_shards.py",
+        description="Index WebDataset tars that are there already, for training on them.",
+    )
+
+    def add(*options: str, **rest: Any) -> None:
+        # --image_size is the same as --image-size
+        lines = ("--" + option[2:].replace("-", "_") for option in options if option[0] == "-")
+        parser.add_argument(*dict.fromkeys((*options, *lines)), **rest)
+
+    shards = "PATTERN"
+    add("unlabeled", nargs="+", metavar=shards, help="shards with brace ranges, *, or :: between")
+    add("--labeled", nargs="+", required=True, metavar=shards, help="the same, with labels")
+    add("--validation", nargs="+", required=True, metavar=shards, help="labeled, held out")
+    add("--test", nargs="+", required=True, metavar=shards, help="labeled, held out")
+    add("--out", required=True, help="the folder to make")
+    add("--image-size", type=int, help="scale and crop to N x N (default: as they are)")
+    add("--gray", action="store_true", help="with --image-size: one channel instead of three")
+    add("--label", default="cls", help="cls (default) or json:KEY, where the class number is")
+    add("--class-names", metavar="FILE", help="a name a line, class 0 first")
+    add("--order", choices=("auto", *ORDERS), default="auto", help="of the unlabeled split")
+    add("--jobs", type=int, help="processes (default: one a core)")
+    add("--tries", type=int, default=DEFAULT.tries, help="attempts a remote shard")
+    add("--timeout", type=float, default=DEFAULT.timeout, help="seconds without a byte")
+    args = vars(parser.parse_args(argv))
+    transport = Transport(args.pop("tries"), args.pop("timeout"))
     try:
-        with executor:
-            try:
-                futures = {executor.submit(scan, task, out, transport): task for task in tasks}
-                for future in concurrent.futures.as_completed(futures):
-                    yield futures.pop(future), future.result()
-            except BaseException:
-                ours.close()  # don't wait for shards that are being scanned
-                raise
-    except BrokenProcessPool:
-        raise UserError(
-            "a process that scans was killed, perhaps for want of memory: run the same again "
-            f"with fewer --jobs than {count}; what was scanned is kept"
-        ) from None
-    finally:
-        ours.close()
-        lifeline.close()
-
-
-def _journal(out: Path) -> Found:
-    """What earlier runs found; a line that was cut short is passed over."""
-    known: Found = {}
-    for line in (out / JOURNAL).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            task, facts = json.loads(line)
-            entry = Task(**task), Facts(**facts)
-        except (ValueError, TypeError):
-            continue
-        if (out / sidecar_name(entry[0].split, entry[0].number)).is_file():
-            known[entry[0]] = entry[1]
-    return known
-
-
-def _note(journal: IO[str], task: Task, facts: Facts) -> None:
-    journal.write(json.dumps([asdict(task), asdict(facts)]) + "\n")
-    journal.flush()
-    os.fsync(journal.fileno())
+        index = index_shards(**args, transport=transport)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where this one ended", file=sys.stderr)
+        return 130
+    for name in SPLITS:
+        split = index.split(name)
+        print(f"{name:>10}: {split.samples} samples in {len(split.shards)} shard(s), {split.order}")
+    print(f"{args['out']}: {index.source}, fingerprint {index.fingerprint[:12]}")
+    return 0

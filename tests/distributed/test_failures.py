@@ -84,10 +84,9 @@ def test_a_forgotten_parameter_is_named(world_size: int, digits: Path, tmp_path:
 
 
 def errors_of(rank: int, root: str, run: Path) -> tuple[float, list[list[int]]]:
-    from sgan_dist.backend import Backend
-    from sgan_dist.config import TrainConfig
+    from sgan_dist.backend import AccelerateBackend
 
-    backend = Backend(TrainConfig())
+    backend = AccelerateBackend(Config())
     network, about = load_classifier(run / "classifier.safetensors")
     found = evaluate(
         network,

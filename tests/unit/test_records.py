@@ -301,6 +301,12 @@ def test_impossible_sizes_are_refused(field):
             by_us(data)
 
 
+def test_directories_of_the_first_tars():
+    """They have the type of a file and a name with a slash at its end; no contents follow."""
+    data = one_header(b"a.png/", 600, b"\0") + one_header(b"b.png", 3, b"\0") + b"b".ljust(512)
+    assert by_us(data) == by_webdataset(data) == [("b", {"png": b"b  "})]
+
+
 def test_checksums_over_signed_bytes_are_accepted():
     block = bytearray(one_header("ü.png".encode(), 0))
     signed = sum(byte - 256 * (byte > 127) for byte in block[:148] + b" " * 8 + block[156:])
@@ -328,6 +334,10 @@ def test_pax_names_sizes_and_what_looks_like_them():
     assert by_us(with_pax(body)) == by_webdataset(with_pax(body)) == [("ö", {"webp": b"data"})]
     body = pax([(b"comment", b" path=x"), (b"size", b"2"), (b"linkpath", b"z.cls")])
     assert by_us(with_pax(body)) == by_webdataset(with_pax(body)) == [("a", {"png": b"da"})]
+    body = pax([(b"path", b"x.png")])
+    extra = one_header(b"././@LongLink", 6, b"L") + b"l.webp".ljust(512, b"\0")
+    for data in (extra + with_pax(body), with_pax(body)[:1024] + extra + with_pax(body)[1024:]):
+        assert by_us(data) == by_webdataset(data)
     assert by_us(with_pax(pax([(b"comment", b"of git")]), b"g")) == [("a", {"png": b"data"})]
 
 
@@ -347,7 +357,7 @@ def test_pax_names_sizes_and_what_looks_like_them():
     ids=range(9),
 )
 def test_pax_headers_that_cannot_be_read_are_refused(body):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"pax header|sparse|cut off"):
         by_us(with_pax(body))
 
 
