@@ -8,7 +8,7 @@ is a world of one. Imports nothing heavy.
 from __future__ import annotations
 
 import re
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Literal
 
 import psutil
@@ -65,8 +65,10 @@ def first_host(nodes: str) -> str:
     return "".join(part or "" for part in found.groups())
 
 
-def name(environ: MutableMapping[str, str]) -> str:
+def name(environ: Mapping[str, str]) -> str:
     """What a person would call the launcher."""
+    if by_deepspeed(environ):
+        return "deepspeed"
     if "ACCELERATE_MIXED_PRECISION" in environ:  # also where it runs torchrun
         return "accelerate launch"
     if "TORCHELASTIC_RUN_ID" in environ:
@@ -76,7 +78,18 @@ def name(environ: MutableMapping[str, str]) -> str:
     return "python"
 
 
-def precision(asked: Literal["auto"] | Precision, environ: MutableMapping[str, str]) -> Precision:
+def by_deepspeed(environ: Mapping[str, str]) -> bool:
+    """Whether the `deepspeed` launcher started this process."""
+    return "CROSS_RANK" in environ and "LOCAL_SIZE" in environ
+
+
+def without_local_rank(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """The command line without the `--local_rank=N` that the `deepspeed` launcher puts into it."""
+    added = f"--local_rank={environ.get('LOCAL_RANK')}" if by_deepspeed(environ) else None
+    return [argument for argument in argv if argument != added]
+
+
+def precision(asked: Literal["auto"] | Precision, environ: Mapping[str, str]) -> Precision:
     """`train.precision`, or what the launcher's --mixed_precision asks for where that is `auto`.
 
     Raises:
@@ -93,7 +106,7 @@ def precision(asked: Literal["auto"] | Precision, environ: MutableMapping[str, s
     return PRECISIONS[given]
 
 
-def refuse_silent_single_process(environ: MutableMapping[str, str]) -> None:
+def refuse_silent_single_process(environ: Mapping[str, str]) -> None:
     """On CPU `accelerate launch --num_processes 2` names a rendezvous and starts one process."""
     if "RANK" in environ or not {"MASTER_PORT", "ACCELERATE_USE_CPU"} <= environ.keys():
         return

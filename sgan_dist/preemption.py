@@ -12,8 +12,9 @@ from types import FrameType
 
 _received: int | None = None
 _stop_file: Path | None = None
-# torchrun and accelerate leave these to their workers
-_launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+# torchrun, accelerate and deepspeed leave these to their workers
+_MARKS = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "CROSS_RANK"}
+_launched = _MARKS & os.environ.keys()
 _launcher: int | None = os.getppid() if _launched else None
 
 

@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     """launch/train.py: 0 when done, 2 for an error that the user can mend, 128 + signal if stopped."""
     try:
         launcher.adopt_slurm(os.environ)
+        argv = launcher.without_local_rank(argv, os.environ)
         config, dry_run = parse(argv, DEFAULT_CONFIG)
         return fit(check(config), dry_run)
     except UserError as error:

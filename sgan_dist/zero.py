@@ -10,6 +10,7 @@ import contextlib
 import copy
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -159,9 +160,9 @@ class DeepSpeedPlayer:
     def _gathered(self, mine: Tensor) -> Tensor:
         """All ranks' slices end to end, on the parameters' device."""
         mine = mine.to(self._parameters[0].device)
-        whole = mine.new_empty(mine.numel() * dist.get_world_size())
-        dist.all_gather_into_tensor(whole, mine)
-        return whole
+        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, mine)
+        return torch.cat(parts)
 
 
 class DeepSpeedBackend:
@@ -243,6 +244,8 @@ def _import_deepspeed(on_cpu: bool) -> Any:
         # Its shared-memory all-reduce serves tensor-parallel inference alone. Left on, the first
         # start compiles it for minutes, and a killed build leaves a lock that hangs every later one.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed calls it; nothing that a user could mend
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated")
     # torch's SGD works on a slice as on a whole; DeepSpeed warns that it hasn't tried.
     logging.getLogger("DeepSpeed").addFilter(lambda line: "untested" not in line.getMessage())
     return deepspeed

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sgan_dist.errors import UserError
+from sgan_dist.launcher import by_deepspeed
 
 OPTIMIZER_SECTIONS = ("optimizer", "scheduler")
 # DeepSpeed ignores a section that it doesn't know, and some that it does know change the training.
@@ -35,8 +36,15 @@ class Filling:
 
 
 def requested(path: str | None, environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """The DeepSpeed configuration that `train.deepspeed` names, else the launcher's; None: neither."""
-    return from_environment(environ) if path is None else read(Path(path))
+    """The DeepSpeed configuration that `train.deepspeed` names, else the launcher's; None: neither.
+
+    The `deepspeed` launcher alone, which can't name one, asks for ZeRO stage 1.
+    """
+    if path is not None:
+        return read(Path(path))
+    if by_deepspeed(environ):
+        return {"zero_optimization": {"stage": 1}}
+    return from_environment(environ)
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import pytest
 
 from sgan_dist import launcher
 from sgan_dist.errors import UserError
-from tests.ranks import run
+from tests.ranks import REPOSITORY, free_port, run
 
 SRUN = {
     "SLURM_JOB_ID": "1234",
@@ -83,6 +83,14 @@ def test_the_config_comes_before_the_launchers_precision() -> None:
             launcher.precision("auto", {"ACCELERATE_MIXED_PRECISION": half})
 
 
+def test_the_deepspeed_launcher_and_its_argument() -> None:
+    environ = {"CROSS_RANK": "0", "LOCAL_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1"}
+    assert launcher.name(environ) == "deepspeed"
+    argv = ["--local_rank=1", "--seed=2", "--local_rank=7"]
+    assert launcher.without_local_rank(argv, environ) == ["--seed=2", "--local_rank=7"]
+    assert launcher.without_local_rank(argv, {"LOCAL_RANK": "1"}) == argv
+
+
 DRY = ("launch/train.py", "--dry_run")
 TWO = "--nproc_per_node=2"
 
@@ -126,3 +134,72 @@ def test_a_users_accelerate_config_is_read(digits, tmp_path) -> None:  # type: i
         (home / "default_config.yaml").write_text(f"{config}mixed_precision: {asked}\n")
         got, output = run(*command, HF_HOME=str(tmp_path / "home"))
         assert (got != 0) == (code != 0) and expected in output, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (("one_gpu",), "no wrapper, 1 process on 1 node"),
+        (("cpu_two_ranks",), "DDP, 2 processes on 1 node"),
+        (("deepspeed_zero1",), "DeepSpeed ZeRO stage 1, 2 processes on 1 node"),
+        (("deepspeed_zero2",), "DeepSpeed ZeRO stage 2, 2 processes on 1 node"),
+    ],
+    ids=["one_gpu", "cpu_two_ranks", "deepspeed_zero1", "deepspeed_zero2"],
+)
+def test_the_accelerate_configs_that_can_run_here(command, expected, digits, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    file = f"configs/accelerate/{command[0]}.yaml"
+    options = (f"--data.root={digits}", f"--run_dir={tmp_path}/run")
+    code, output = run("accelerate", "launch", "--config_file", file, *DRY, *options)
+    assert code == 0 and f"accelerate launch, {expected}" in output, output
+
+
+def test_all_accelerate_configs_are_read_by_accelerate() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    files = sorted((REPOSITORY / "configs" / "accelerate").glob("*.yaml"))
+    assert len(files) >= 6
+    for file in files:
+        loaded = load_config_from_file(str(file))
+        assert loaded.num_processes == (16 if "nodes" in file.name else loaded.num_processes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (("deepspeed", "--num_accelerators", "2"), "deepspeed, DeepSpeed ZeRO stage 1, 2 proc"),
+        (
+            (
+                "accelerate",
+                "launch",
+                "--use_deepspeed",
+                "--num_processes",
+                "2",
+                "--zero_stage",
+                "2",
+            ),
+            "accelerate launch, DeepSpeed ZeRO stage 2, 2 proc",
+        ),
+        (
+            (
+                *("accelerate", "launch", "--use_deepspeed", "--num_processes", "2"),
+                *("--deepspeed_config_file", "configs/deepspeed/zero1.json"),
+            ),
+            "accelerate launch, DeepSpeed ZeRO stage 1, 2 proc",
+        ),
+        (
+            ("torchrun", "--standalone", TWO),
+            "torchrun, DeepSpeed ZeRO stage 2 with the optimizer on the CPU, 2 proc",
+        ),
+    ],
+    ids=["deepspeed", "zero_stage", "config_file", "torchrun"],
+)
+def test_every_way_to_deepspeed(command, expected, digits, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    named = ("--train.deepspeed=configs/deepspeed/zero2_offload.json",)
+    more = named if command[0] == "torchrun" else ()
+    if command[0] == "deepspeed":
+        command = (*command, "--master_port", str(free_port()))
+    options = (f"--data.root={digits}", f"--run_dir={tmp_path}/run", *more)
+    code, output = run(*command, *DRY, *options, DS_ACCELERATOR="cpu")
+    assert code == 0 and expected in output, output
