@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sgan_dist import launcher
 from sgan_dist.config import Config, OptimConfig
 from sgan_dist.errors import UserError
-from sgan_dist.players import Backend, describe, make_optimizer, refuse_unused
+from sgan_dist.players import Backend, autocast, describe, make_optimizer, refuse_unused
 from sgan_dist.zero_config import requested
 
 
@@ -117,7 +117,8 @@ class AccelerateBackend:
         self.accelerator = accelerate.Accelerator(
             # by itself it would leave the ranks of a machine without GPUs each on its own
             cpu=ranks > 1 and not torch.accelerator.is_available(),
-            mixed_precision="bf16" if self.precision == "bf16" else "no",
+            # else it would replace the network's own forward, wherever that is called from
+            mixed_precision="no",
             kwargs_handlers=[
                 # Buffers are global averages already, the same on every rank.
                 DistributedDataParallelKwargs(broadcast_buffers=False)
@@ -139,7 +140,7 @@ class AccelerateBackend:
         return AcceleratePlayer(network, self.accelerator, optimizer, config.clip_norm)
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        return self.accelerator.autocast()  # type: ignore[no-any-return]
+        return autocast(self)
 
     def describe(self) -> str:
         return describe(self, "DDP" if self.world_size > 1 else "no wrapper")

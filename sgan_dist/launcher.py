@@ -60,9 +60,8 @@ def adopt_slurm(environ: MutableMapping[str, str]) -> None:
 
 def first_host(nodes: str) -> str:
     """The first host of a SLURM node list, such as `gpu[03-05,9]-ib,login1`: `gpu03-ib`."""
-    found = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\])?([^\[,]*)", nodes)
-    assert found is not None  # every part may be empty
-    return "".join(part or "" for part in found.groups())
+    first = re.split(r",(?![^\[]*\])", nodes)[0]
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 
 
 def name(environ: Mapping[str, str]) -> str:

@@ -106,6 +106,13 @@ def refuse_unused(network: nn.Module, used: Collection[nn.Parameter]) -> None:
         )
 
 
+def autocast(backend: Backend) -> contextlib.AbstractContextManager[None]:
+    """bf16 for the networks, where the config asks for it; parameters stay as they are."""
+    if backend.precision != "bf16":
+        return contextlib.nullcontext()
+    return torch.autocast(backend.device.type, torch.bfloat16)
+
+
 def describe(backend: Backend, wrapper: str) -> str:
     """One line: launcher, wrapper, world, device and precision. All ranks must ask for it."""
     nodes = len(set(gather_objects(platform.node())))

@@ -268,6 +268,12 @@ def _restore(
         raise UserError(
             f"{path} does not fit the networks, whose code was changed since: {error}"
         ) from error
+    skipped, limit = sum(state["skipped"].values()), config.data.max_skips
+    if skipped > limit:
+        raise UserError(
+            f"{skipped} training images were damaged so far and data.max_skips is {limit}: mend the"
+            " data, or give a larger data.max_skips"
+        )
     meta = on_rank_zero(lambda: checkpoint.read_meta(path))
     if backend.rank == 0:
         say(f"resuming after step {meta['step']}")

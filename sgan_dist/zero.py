@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sgan_dist import launcher
 from sgan_dist.config import Config, OptimConfig
 from sgan_dist.errors import UserError
-from sgan_dist.players import describe, make_optimizer, refuse_unused
+from sgan_dist.players import autocast, describe, make_optimizer, refuse_unused
 from sgan_dist.zero_config import Filling, at, fill
 
 
@@ -218,9 +218,7 @@ class DeepSpeedBackend:
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Mixed precision for the networks, where the config asks for it."""
-        if self.precision != "bf16":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return autocast(self)
 
     def describe(self) -> str:
         zero = f"DeepSpeed ZeRO stage {at(self._zero, 'zero_optimization.stage') or 0}"

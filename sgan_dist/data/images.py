@@ -49,6 +49,8 @@ def decode(encoded: bytes, shape: tuple[int, int, int], resize: bool) -> NDArray
         if found != shape:
             raise ValueError(f"image of shape {found}, expected {shape}")
         return _pixels(encoded, opened, found, shape[2])
+    except MemoryError:  # the machine's fault, not the image's
+        raise
     except Exception as error:  # noqa: BLE001 - decoders raise all sorts of them on damaged files
         raise ValueError(_reason(error)) from None
 
@@ -61,6 +63,8 @@ def header(encoded: bytes) -> tuple[int, int, int]:
     """
     try:
         return _shape(encoded, None if _is_jpeg(encoded) else _open(encoded))
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - decoders raise all sorts of them on damaged files
         raise ValueError(_reason(error)) from None
 

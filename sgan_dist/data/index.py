@@ -116,6 +116,8 @@ def save(index: DatasetIndex, folder: str | os.PathLike[str]) -> None:
 
 def prepare_again(root: str | os.PathLike[str]) -> str:
     """What an error about the dataset at `root` advises, since preparing replaces no folder."""
+    if is_remote(str(root)):
+        return "prepare or index the dataset again"
     return f"remove {root} (rm -r {shlex.quote(str(root))}) and prepare the dataset again"
 
 
@@ -205,6 +207,13 @@ def _check_shards(root: str, index: DatasetIndex) -> None:
     """Local shards are there and of the right size; remote ones are checked as they arrive."""
     for shard in (shard for name in SPLITS for shard in index.split(name).shards):
         location = join(root, shard.name)
+        outside = shard.name.startswith(("pipe:", "/")) or ".." in shard.name.split("/")
+        if outside and is_remote(root) and not root.startswith("pipe:"):
+            # what was downloaded must neither run commands nor read this machine's own files
+            raise UserError(
+                f"the index at {root} names the shard {shard.name}, which is not below it: copy the"
+                " index to a folder of this machine if you trust it"
+            )
         if is_remote(location):
             continue
         try:

@@ -70,7 +70,8 @@ class LaneParts(IterableDataset[Any]):
         try:
             yield from self._messages(worker.id, worker.num_workers)
         except UserError as error:
-            yield str(error)
+            while True:  # whenever it is looked at: a worker that ends is taken for one that died
+                yield str(error)
 
     def views(
         self, message: NDArray[np.uint8], worker: int, workers: int
@@ -173,7 +174,7 @@ def prepare_worker(worker: int) -> None:
 
 def check_alive(processes: list[Any]) -> None:
     for process in processes:
-        if not process.is_alive():
+        if not process.is_alive() and process.exitcode:
             raise UserError(
                 f"data worker {process.pid} died (exit code {process.exitcode}): it was killed or "
                 "ran out of memory or of /dev/shm; start again, with fewer data.workers or a "

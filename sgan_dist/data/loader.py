@@ -89,12 +89,14 @@ class SemiSupervisedLoader:
         # out of pinned (page-locked) memory a GPU copies while this process goes on
         self._pin = torch.cuda.is_available()
         self._iterator: Any = None
+        self._inline: Any = None
+        self._told: set[Skip] = set()
         self._processes: list[Any] = []
 
     def batches(self, start_step: int) -> Iterator[SemiSupervisedBatch]:
         """Batches from `start_step` on, without end; a later call ends earlier workers."""
         self.close()
-        self._told: set[Skip] = set()
+        self._told.clear()
         lanes = self._config.lanes // self._world_size
         dataset = LaneParts(
             self._index,
@@ -108,11 +110,17 @@ class SemiSupervisedLoader:
         workers = self._config.workers if self._windowed else 0
         if workers:
             self._start(dataset, workers)
-        parts = self._worker_parts(dataset, workers) if workers else ([part] for part in dataset)
+        self._inline = None if workers else iter(dataset)
+        parts = (
+            self._worker_parts(dataset, workers) if workers else ([part] for part in self._inline)
+        )
         return (self._batch(step, next(parts)) for step in itertools.count(start_step))
 
     def close(self) -> None:
         """End the workers: they are asked to, and killed after a few seconds. May be repeated."""
+        if self._inline is not None:
+            self._inline.close()
+            self._inline = None
         if self._iterator is None:
             return
         atexit.unregister(self.close)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 Int64s = NDArray[np.int64]
 
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 
 _CACHED_EPOCHS = 4  # a batch or a set of lanes rarely straddles more than two
 _CACHED_ROUNDS = 64
@@ -152,7 +152,7 @@ class WindowedOrder:
 
     The line of an epoch is the shards in keyed order, rotated by a keyed number of samples. It is
     cut into lanes; each step takes the same number of samples from every lane; within a lane's
-    part of an epoch, windows of `window` samples (the last one shorter) are permuted.
+    part of an epoch, windows of at most `window` samples, as equal as can be, are permuted.
     """
 
     def __init__(
@@ -169,14 +169,17 @@ class WindowedOrder:
         """(epoch, window, index in that window) of a lane's own position, counted from step 0."""
         epoch = (position * self.lanes + lane) // self.samples
         inside = position - lane_start(self.samples, self.lanes, lane, epoch)
-        return epoch, *divmod(inside, self.window)
+        length = lane_length(self.samples, self.lanes, lane, epoch)
+        # windows begin at length * w // count; this is the last one that begins at `inside` or before
+        window = ((inside + 1) * self._windows(length) - 1) // length
+        return epoch, window, inside - length * window // self._windows(length)
 
     def window_line(self, lane: int, epoch: int, window: int) -> tuple[int, int]:
         """The interval [start, stop) of the epoch's line that a lane's window covers."""
         cut = lane_cut(self.samples, self.lanes, lane, epoch)
         length = lane_length(self.samples, self.lanes, lane, epoch)
-        first = window * self.window
-        return cut + first, cut + min(first + self.window, length)
+        count = self._windows(length)
+        return cut + length * window // count, cut + length * (window + 1) // count
 
     def window_permutation(self, lane: int, epoch: int, window: int) -> Int64s:
         """The order in which a window's samples are taken: int64, offsets into the window."""
@@ -207,8 +210,8 @@ class WindowedOrder:
 
     def following(self, lane: int, position: int, samples: int) -> list[int]:
         """Shards of a lane's `samples` from its own position on, in this epoch and the next."""
-        now, window, inside = self.locate(lane, position)
-        first = window * self.window + inside
+        now = (position * self.lanes + lane) // self.samples
+        first = position - lane_start(self.samples, self.lanes, lane, now)
         found = []
         for epoch in (now, now + 1):
             cut = lane_cut(self.samples, self.lanes, lane, epoch)
@@ -217,6 +220,9 @@ class WindowedOrder:
             samples -= last - first
             first = 0
         return found
+
+    def _windows(self, length: int) -> int:
+        return -(-length // self.window)
 
     def _build_line(self, epoch: int) -> tuple[Int64s, Int64s, int]:
         """Shards in the epoch's order, where each ends, and the number of samples rotated by."""

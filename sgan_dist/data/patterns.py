@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def expand(patterns: Sequence[str], split: str) -> tuple[str, ...]:
     """
     found: list[str] = []
     for pattern in patterns:
-        for part in pattern.split("::"):
+        for part in re.split(r"::(?![^\[]*\])", pattern):
             try:
                 names = list(braceexpand.braceexpand(part))
             except ValueError:

@@ -12,8 +12,10 @@ import io
 import itertools
 import math
 import os
+import queue
 import struct
 import tarfile
+import threading
 from collections import OrderedDict
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,6 +26,7 @@ from sgan_dist.data.images import decode
 from sgan_dist.data.index import DatasetIndex, prepare_again
 from sgan_dist.data.order import Int64s
 from sgan_dist.data.records import image_of, label_of, records, samples
+from sgan_dist.data.remote import is_remote, join
 from sgan_dist.data.storage import Storage
 from sgan_dist.errors import UserError
 
@@ -65,6 +68,10 @@ class Reader:
         self.skips: dict[tuple[int, int], Skip] = {}
         self.name = split
         self.label = index.label
+        self._checked: set[int] = set()
+        self._unchecked: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._checker: threading.Thread | None = None
+        self._changed: UserError | None = None
         # lanes that follow one another through a shard share what is known of it
         self._places: OrderedDict[int, _Places] = OrderedDict()
         self._resize = index.resize
@@ -136,6 +143,32 @@ class Reader:
                 f"shard {shard.name} is not the file that was indexed (its sha256 differs): copy "
                 f"it again, or {prepare_again(self._root)}"
             )
+
+    def check_later(self, number: int) -> None:
+        """Has a local shard's bytes checked in the background, once; `changed` tells the outcome.
+
+        Remote ones are checked as they arrive.
+        """
+        shard = self.split.shards[number]
+        if number in self._checked or is_remote(join(self._root, shard.name)):
+            return
+        self._checked.add(number)
+        self._unchecked.put(number)
+        if self._checker is None:
+            self._checker = threading.Thread(target=self._check, daemon=True)
+            self._checker.start()
+
+    def raise_changed(self) -> None:
+        """Raises UserError where a check in the background found a shard that was changed."""
+        if self._changed is not None:
+            raise self._changed
+
+    def _check(self) -> None:
+        while self._changed is None:
+            try:
+                self.check_hash(self._unchecked.get())
+            except UserError as error:
+                self._changed = error
 
     @property
     def _root(self) -> str:

@@ -14,27 +14,30 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import errno
 import hashlib
+import math
 import os
 import random
-import re
 import select
-import shlex
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
+from sgan_dist.data.locations import PREFIXES, shown
+from sgan_dist.data.locations import is_remote as is_remote
+from sgan_dist.data.locations import join as join
 from sgan_dist.errors import UserError
 
-PREFIXES = ("http://", "https://", "s3://", "gs://", "pipe:")
 BACKOFF_SECONDS = 1.0  # at most, before the second attempt; doubled before every further one
 LONGEST_WAIT_SECONDS = 60.0
 POLL_SECONDS = 0.2  # how soon a fetch that was stopped ends
@@ -50,6 +53,12 @@ class Transport:
     """attempts a file before giving up"""
     timeout: float = 30.0
     """seconds without a byte after which an attempt is given up"""
+
+    def __post_init__(self) -> None:
+        if self.tries < 1:
+            raise UserError(f"data.tries is {self.tries}: give at least 1")
+        if not (self.timeout > 0 and math.isfinite(self.timeout)):
+            raise UserError(f"data.timeout is {self.timeout:g}: give seconds, more than 0")
 
 
 class Missing(UserError):
@@ -72,35 +81,24 @@ class _Transient(Exception):
         self.wait = wait
 
 
-def is_remote(location: str) -> bool:
-    """Whether the location has one of PREFIXES. UserError where it is a URL of another kind."""
-    if location.startswith(PREFIXES):
-        return True
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location):
-        raise UserError(
-            f"cannot read {_shown(location)}: give the path of a local file, or a location that "
-            f"begins with one of {' '.join(PREFIXES)}"
-        )
-    return False
+class _TooLong(_Transient):
+    """More bytes came than were indexed."""
 
 
-def join(root: str, name: str) -> str:
-    """The location of `name` below `root`; `name` alone where it is remote or an absolute path.
+class _Attempt(NamedTuple):
+    """Into which file, how, and at most how many bytes."""
 
-    http(s): the name is percent-encoded and goes before the root's query string. pipe: the name,
-    quoted for the shell, is appended to the command: `pipe:ssh host cat /data` gives
-    `pipe:ssh host cat /data/unlabeled/000000.tar`.
-    """
-    if is_remote(name) or Path(name).is_absolute():
-        return name
-    if not is_remote(root):
-        return str(Path(root) / name)
-    if root.startswith("pipe:"):
-        return f"{root.rstrip('/')}/{shlex.quote(name)}"
-    if root.startswith("http"):
-        parts = urlsplit(root)
-        return parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}").geturl()
-    return f"{root.rstrip('/')}/{name}"
+    path: Path
+    timeout: float
+    stop: threading.Event
+    most: int | None
+
+    def check(self, size: int) -> None:
+        """Raises Stopped where it is, _TooLong where so many bytes are too many."""
+        if self.stop.is_set():
+            raise Stopped
+        if self.most is not None and size > self.most:
+            raise _TooLong(f"more than {self.most} bytes")
 
 
 def fetch(
@@ -124,14 +122,15 @@ def fetch(
         wait = 0.0
         try:
             temporary.touch()
-            _bring(location, temporary, transport.timeout, stop)
+            _bring(location, _Attempt(temporary, transport.timeout, stop, size))
             differs = _difference(temporary, size, sha256)
             if differs is None:
                 temporary.replace(target)
                 return
             why = differs
         except _Transient as error:
-            differs, why, wait = None, str(error), error.wait
+            why, wait = str(error), error.wait
+            differs = why if isinstance(error, _TooLong) else None
         except OSError as error:
             raise UserError(
                 f"cannot write {target.parent} ({error.strerror}): make room there, or choose "
@@ -140,19 +139,34 @@ def fetch(
         finally:
             temporary.unlink(missing_ok=True)
         if attempt < transport.tries:
-            # full jitter: the ranks of a job must not all come back at the same moment
-            wait = max(wait, random.uniform(0, BACKOFF_SECONDS * 2 ** (attempt - 1)))
-            if stop.wait(min(wait, LONGEST_WAIT_SECONDS)):
-                raise Stopped
+            pause(location, why, attempt, transport, stop, wait)
     if differs is not None:
         raise UserError(
-            f"the shard's bytes no longer match the index: {_shown(location)} has {why} "
+            f"the shard's bytes no longer match the index: {shown(location)} has {why} "
             f"({transport.tries} tries): put back the file that was indexed, or index it again"
         )
     raise UserError(
-        f"cannot download {_shown(location)} ({why}, {transport.tries} tries): check the network "
+        f"cannot download {shown(location)} ({why}, {transport.tries} tries): check the network "
         "and what serves it"
     )
+
+
+def pause(
+    location: str,
+    why: str,
+    attempt: int,
+    transport: Transport,
+    stop: threading.Event,
+    least: float = 0.0,
+) -> None:
+    """Wait after a failed attempt, the first being 1, and say so. Raises Stopped."""
+    # full jitter: the ranks of a job must not all come back at the same moment
+    wait = max(least, random.uniform(0, BACKOFF_SECONDS * 2 ** (attempt - 1)))
+    wait = min(wait, LONGEST_WAIT_SECONDS)
+    which = f"{attempt + 1} of {transport.tries}"
+    print(f"retrying {shown(location)} in {wait:.0f} s: {why} ({which})", file=sys.stderr)
+    if stop.wait(wait):
+        raise Stopped
 
 
 def read(location: str, transport: Transport) -> bytes | None:
@@ -182,29 +196,18 @@ def _difference(path: Path, size: int | None, sha256: str | None) -> str | None:
     return None
 
 
-def _shown(location: str) -> str:
-    """The location without what may be secret in a URL: user, password and query."""
-    if location.startswith("pipe:"):
-        return location
-    try:
-        parts = urlsplit(location)
-    except ValueError:  # not a URL, which the one who opens it will say
-        return location
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-
-
-def _bring(location: str, path: Path, timeout: float, stop: threading.Event) -> None:
+def _bring(location: str, to: _Attempt) -> None:
     """One attempt. Raises _Transient, UserError, Stopped, or the OSError of a disk."""
     if location.startswith("pipe:"):
-        _bring_pipe(location, path, timeout, stop)
+        _bring_pipe(location, to)
     elif location.startswith("s3:"):
-        _bring_s3(location, path, timeout, stop)
+        _bring_s3(location, to)
     elif location.startswith("gs:"):
-        _bring_gs(location, path, timeout, stop)
+        _bring_gs(location, to)
     else:
         # encoded as it is, but for what no URL may hold: a signed URL must not be changed
         url = quote(location, safe="!#$%&'()*+,/:;=?@[]~")
-        _bring_http(location, url, {}, path, timeout, stop)
+        _bring_http(location, url, {}, to)
 
 
 def _refusal(location: str, status: int, why: str, wait: float = 0.0) -> Exception:
@@ -212,38 +215,31 @@ def _refusal(location: str, status: int, why: str, wait: float = 0.0) -> Excepti
     if status >= 500 or status in (408, 429):
         return _Transient(why, wait)
     if status in (404, 410):
-        return Missing(f"cannot download {_shown(location)} ({why}): check the location")
+        return Missing(f"cannot download {shown(location)} ({why}): check the location")
     if status in (401, 403):
         public = {
             "s3": """, or set FSSPEC_S3='{"anon": true}' if the bucket is public""",
             "gs": """, or set FSSPEC_GS='{"token": "anon"}' if the bucket is public""",
         }.get(location[:2], "")
-        return Denied(f"cannot download {_shown(location)} ({why}): check your credentials{public}")
-    return UserError(f"cannot download {_shown(location)} ({why}): check the location")
+        return Denied(f"cannot download {shown(location)} ({why}): check your credentials{public}")
+    return UserError(f"cannot download {shown(location)} ({why}): check the location")
 
 
 def _run(
-    loop: asyncio.AbstractEventLoop, download: Coroutine[Any, Any, None], stop: threading.Event
+    loop: asyncio.AbstractEventLoop, download: Coroutine[Any, Any, None], to: _Attempt
 ) -> None:
     """Wait for a download in fsspec's loop; it ends with us, however we end."""
     future = asyncio.run_coroutine_threadsafe(download, loop)
     try:
         while not concurrent.futures.wait([future], POLL_SECONDS).done:
-            if stop.is_set():
-                raise Stopped
+            with contextlib.suppress(FileNotFoundError):
+                to.check(to.path.stat().st_size)
         future.result()
     finally:
         future.cancel()
 
 
-def _bring_http(
-    location: str,
-    url: str,
-    headers: dict[str, str],
-    path: Path,
-    timeout: float,
-    stop: threading.Event,
-) -> None:
+def _bring_http(location: str, url: str, headers: dict[str, str], to: _Attempt) -> None:
     import aiohttp
     from fsspec.implementations.http import HTTPFileSystem
 
@@ -252,13 +248,13 @@ def _bring_http(
     http = HTTPFileSystem(encoded=True, client_kwargs=session)
     download = http._get_file(
         url,
-        str(path),
+        str(to.path),
         headers={"Accept-Encoding": "identity", **headers},
         # no `total`, which would be the time for the whole of a shard
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=to.timeout, sock_read=to.timeout),
     )
     try:
-        _run(http.loop, download, stop)
+        _run(http.loop, download, to)
     except FileNotFoundError:
         raise _refusal(location, 404, "HTTP 404 Not Found") from None
     except aiohttp.ClientResponseError as error:
@@ -267,9 +263,9 @@ def _bring_http(
         wait = float(after) if after.isdecimal() else 0.0
         raise _refusal(location, error.status, why, wait) from None
     except ValueError:  # aiohttp's InvalidURL, and yarl's own
-        raise UserError(f"cannot download {_shown(location)}: it is not a valid URL") from None
+        raise UserError(f"cannot download {shown(location)}: it is not a valid URL") from None
     except TimeoutError:
-        raise _Transient(f"no byte for {timeout:g} seconds") from None
+        raise _Transient(f"no byte for {to.timeout:g} seconds") from None
     except (aiohttp.ClientError, OSError) as error:
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             raise
@@ -278,7 +274,7 @@ def _bring_http(
         raise _Transient(_words(error)) from None
 
 
-def _bring_s3(location: str, path: Path, timeout: float, stop: threading.Event) -> None:
+def _bring_s3(location: str, to: _Attempt) -> None:
     try:
         import fsspec.config
         from aiohttp import ClientError
@@ -296,14 +292,14 @@ def _bring_s3(location: str, path: Path, timeout: float, stop: threading.Event) 
     s3 = S3FileSystem(
         config_kwargs={
             **fsspec.config.conf.get("s3", {}).get("config_kwargs", {}),
-            "connect_timeout": timeout,
-            "read_timeout": timeout,
+            "connect_timeout": to.timeout,
+            "read_timeout": to.timeout,
             "retries": {"total_max_attempts": 1},
         }
     )
     s3.retries = 1  # attempts: ours are counted in `fetch`
     try:
-        _run(s3.loop, s3._get_file(location, str(path), max_concurrency=1), stop)
+        _run(s3.loop, s3._get_file(location, str(to.path), max_concurrency=1), to)
     except (
         TimeoutError,
         ConnectingError,
@@ -336,7 +332,7 @@ def _bring_s3(location: str, path: Path, timeout: float, stop: threading.Event) 
         ) from None
 
 
-def _bring_gs(location: str, path: Path, timeout: float, stop: threading.Event) -> None:
+def _bring_gs(location: str, to: _Attempt) -> None:
     try:
         from gcsfs.core import GCSFileSystem
         from google.auth.exceptions import GoogleAuthError, TransportError
@@ -351,11 +347,11 @@ def _bring_gs(location: str, path: Path, timeout: float, stop: threading.Event) 
         raise _Transient(f"no answer about credentials, {type(error).__name__}") from None
     except GoogleAuthError as error:
         raise _refusal(location, 401, _words(error)) from None
-    _bring_http(location, gs.url(location), headers, path, timeout, stop)
+    _bring_http(location, gs.url(location), headers, to)
 
 
-def _bring_pipe(location: str, path: Path, timeout: float, stop: threading.Event) -> None:
-    with path.open("wb") as out, tempfile.TemporaryFile() as said:
+def _bring_pipe(location: str, to: _Attempt) -> None:
+    with to.path.open("wb") as out, tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             location.removeprefix("pipe:"),
             shell=True,
@@ -366,25 +362,24 @@ def _bring_pipe(location: str, path: Path, timeout: float, stop: threading.Event
         )
         assert process.stdout is not None
         try:
-            last = time.monotonic()
+            last, size = time.monotonic(), 0
             while True:
-                if select.select([process.stdout], [], [], min(POLL_SECONDS, timeout))[0]:
+                to.check(size)
+                if select.select([process.stdout], [], [], min(POLL_SECONDS, to.timeout))[0]:
                     data = os.read(process.stdout.fileno(), 2**20)
                     if not data:
                         break
                     out.write(data)
-                    last = time.monotonic()
-                elif stop.is_set():
-                    raise Stopped
-                elif time.monotonic() - last > timeout:
-                    raise _Transient(f"no byte for {timeout:g} seconds")
-            status = process.wait(timeout)
+                    last, size = time.monotonic(), size + len(data)
+                elif time.monotonic() - last > to.timeout:
+                    raise _Transient(f"no byte for {to.timeout:g} seconds")
+            status = process.wait(to.timeout)
         except BaseException as error:
             # not yet waited for, so its group still is its own
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             if isinstance(error, subprocess.TimeoutExpired):
-                raise _Transient(f"no end {timeout:g} seconds after its last byte") from None
+                raise _Transient(f"no end {to.timeout:g} seconds after its last byte") from None
             raise
         finally:
             process.stdout.close()

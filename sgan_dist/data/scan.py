@@ -189,9 +189,10 @@ def _in_processes(
                 ours.close()  # don't wait for shards that are being scanned
                 raise
     except BrokenProcessPool:
+        fewer = f" with fewer --jobs than {count}" if count > 1 else ""
         raise UserError(
-            "a process that scans was killed, perhaps for want of memory: run the same again "
-            f"with fewer --jobs than {count}; what was scanned is kept"
+            "a process that scans was killed, perhaps for want of memory: run the same again"
+            f"{fewer}; what was scanned is kept"
         ) from None
     finally:
         ours.close()

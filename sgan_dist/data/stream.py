@@ -21,6 +21,7 @@ from sgan_dist.errors import UserError
 
 Samples = tuple[Bytes, Int64s | None, Int64s]
 
+AHEAD = 4  # shards that are brought while one is read from front to back
 CHUNK = 256  # samples that are read at a time where they are not kept
 
 
@@ -56,9 +57,9 @@ class FullStream:
         self._labels = np.zeros(n, np.int64)
         self._ids = np.arange(n)
         damaged: list[int] = []
-        storage.ahead(reader.split.shards)
         cursor = Cursor(reader)
         for number, shard in enumerate(reader.split.shards):
+            storage.ahead(reader.split.shards[number + 1 : number + 1 + AHEAD])
             reader.check_hash(number)
             for first in range(0, shard.samples, CHUNK):
                 ids = reader.ids(number, first, min(CHUNK, shard.samples - first))
@@ -134,8 +135,8 @@ class WindowedStream:
         self._cursors = [Cursor(reader) for _ in self._lanes]
         # shards of this many samples further on are brought while a window is used
         self._longest = min(window, -(-order.samples // lanes))
-        remote = any(is_remote(join(storage.root, shard.name)) for shard in shards)
-        self._ahead = max(self._longest, order.samples // len(shards)) if remote else 0
+        self._ahead = max(self._longest, order.samples // len(shards))
+        self._remote = any(is_remote(join(storage.root, shard.name)) for shard in shards)
         rows = self._longest * len(self._lanes)
         self._images = reader.buffer(rows)
         self._labels = np.zeros(rows, np.int64)
@@ -157,6 +158,9 @@ class WindowedStream:
             places = (position - self._begins)[:, None] + np.arange(each)
             self._gather(np.arange(lanes)[:, None], places, images, labels, ids)
         else:
+            missing = (self._begins > position) | (position >= self._ends)
+            for lane in np.flatnonzero(missing).tolist():  # while one is read, the next are brought
+                self._bring(lane, position, self._longest)
             for lane in range(lanes):
                 at = lane * each
                 while at < (lane + 1) * each:
@@ -210,8 +214,8 @@ class WindowedStream:
     def _all_damaged(self) -> UserError:
         return UserError(
             f"all samples of a window of the {self._reader.name} split are damaged, the last in "
-            f"shard {self.skips[-1].shard}: {self.skips[-1].why}; mend the data, or give a larger "
-            "data.window_mib"
+            f"shard {self.skips[-1].shard}: {self.skips[-1].why}; mend the data, or leave that "
+            "shard out of the index"
         )
 
     def _fill(self, lane: int, position: int) -> None:
@@ -219,11 +223,13 @@ class WindowedStream:
         order, number = self._order, self._lanes[lane]
         epoch, window, inside = order.locate(number, position)
         start, stop = order.window_line(number, epoch, window)
+        self._reader.raise_changed()
         self._begins[lane] = self._ends[lane] = 0  # should reading fail, this window is not there
         at = first = lane * self._longest
         damaged: list[int] = []
         for piece in order.pieces(epoch, start, stop):
             self._ids[at : at + piece.samples] = self._reader.ids(*piece)
+            self._reader.check_later(piece.shard)
             damaged += self._cursors[lane].read(*piece, self._images, self._labels, at)
             at += piece.samples
         rows = first + order.window_permutation(number, epoch, window)
@@ -232,8 +238,12 @@ class WindowedStream:
         self._rows[lane, : len(rows)] = rows
         self._begins[lane] = position - inside
         self._ends[lane] = position - inside + len(rows)
-        if self._ahead:
-            shards = order.following(number, int(self._ends[lane]), self._ahead)
+        self._bring(lane, int(self._ends[lane]), self._ahead)
+
+    def _bring(self, lane: int, position: int, samples: int) -> None:
+        """Begins to bring the remote shards of a lane's samples from its own `position` on."""
+        if self._remote:
+            shards = self._order.following(self._lanes[lane], position, samples)
             self._reader.storage.ahead(self._reader.split.shards[shard] for shard in shards)
 
     def _without(self, rows: Int64s, damaged: list[int]) -> Int64s:
@@ -259,10 +269,11 @@ def read_split(
     """
     reader = Reader(storage, index, split)
     cursor = Cursor(reader)
-    storage.ahead(reader.split.shards)
     held: list[Samples] = []
     count = 0
     for number, shard in enumerate(reader.split.shards):
+        storage.ahead(reader.split.shards[number + 1 : number + 1 + AHEAD])
+        reader.check_hash(number)
         for first in range(0, shard.samples, CHUNK):
             ids = reader.ids(number, first, min(CHUNK, shard.samples - first))
             encoded = reader.buffer(len(ids))

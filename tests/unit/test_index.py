@@ -66,7 +66,7 @@ def test_fingerprint_covers_what_is_trained_on(root):
         unlabeled(order="windowed"),
         unlabeled(shards=(dataclasses.replace(shard, sha256="0"),)),
         dataclasses.replace(index, class_names=("a",) * 10),
-        dataclasses.replace(index, order_version=2),
+        dataclasses.replace(index, order_version=3),
     ]
     assert len({fingerprint(i) for i in (index, *changed)}) == 5
     # a renamed file is the same data
@@ -107,9 +107,9 @@ def test_changed_by_hand(root):
 
 
 def test_another_order_version(root):
-    index = dataclasses.replace(load_index(root), order_version=2)
+    index = dataclasses.replace(load_index(root), order_version=3)
     save(dataclasses.replace(index, fingerprint=fingerprint(index)), root)
-    with pytest.raises(UserError, match="order version 2"):
+    with pytest.raises(UserError, match="order version 3"):
         load_index(root)
 
 

@@ -85,7 +85,9 @@ def test_lanes_partition_every_epoch_and_never_drift(n, lanes, epoch, seed):
         for position in (starts[lane], starts[lane] + lengths[lane] - 1):
             found, window, inside = order.locate(lane, position)
             assert found == epoch
-            assert window * order.window + inside == position - starts[lane]
+            start, stop = order.window_line(lane, epoch, window)
+            assert start - cuts[lane] + inside == position - starts[lane]
+            assert inside < stop - start <= order.window
 
 
 @settings(max_examples=60, deadline=None)
