@@ -24,7 +24,11 @@ def draw() -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" '
         'font-family="sans-serif" font-size="12" fill="#222">',
         f'<rect width="{width:.0f}" height="{height}" fill="white"/>',
-        text(LEFT, 18, f"{len(SAMPLES)} shards, {n} samples, {LANES} lanes, windows of {WINDOW}"),
+        text(
+            LEFT,
+            18,
+            f"{len(SAMPLES)} shards, {n} samples, {LANES} lanes, windows of up to {WINDOW}",
+        ),
     ]
     for epoch in range(EPOCHS):
         y, at = TOP + epoch * ROW, 0
@@ -48,8 +52,9 @@ def draw() -> str:
             )
             words = f"lane {lane}: {length} samples"
             parts.append(text(x + wide / 2, y + 84, words, 'text-anchor="middle"'))
-            for inside in range(WINDOW, length, WINDOW):
-                at_x = x + inside * SCALE
+            for window in range(1, -(-length // WINDOW)):
+                start, _ = order.window_line(lane, epoch, window)
+                at_x = LEFT + start * SCALE
                 parts.append(
                     f'<line x1="{at_x:.1f}" y1="{y + 46}" x2="{at_x:.1f}" y2="{y + 68}" '
                     'stroke="#222" stroke-dasharray="3 3"/>'

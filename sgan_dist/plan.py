@@ -102,8 +102,9 @@ def describe(config: Config, index: DatasetIndex, backend: Backend) -> str:
         split = index.split(name)
         held = f"{split.samples} images in {plural(len(split.shards), 'shard')}"
         epochs = config.train.steps * batch / split.samples
+        order = "balanced" if config.data.balanced and name == "labeled" else split.order
         lines.append(
-            f"  {name:<9}  {held}, {split.order} order; an epoch is {split.samples / batch:.1f} steps,"
+            f"  {name:<9}  {held}, {order} order; an epoch is {split.samples / batch:.1f} steps,"
             f" {epochs:.1f} epochs in all"
         )
     lines.append(f"  {plural(config.train.steps, 'step')}; run directory {config.directory}")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sgan_dist.data.locations import shown
 from sgan_dist.data.order import ORDER_VERSION
 from sgan_dist.data.remote import Transport, is_remote, join, read
 from sgan_dist.errors import UserError
@@ -133,20 +134,21 @@ def load_index(root: str | os.PathLike[str], transport: Transport = DEFAULT) -> 
     """
     root = os.fspath(root)
     path = join(root, INDEX_NAME)
+    where, there = shown(root), shown(path)  # a signed URL's secret is not printed
     text = _read_local(root, path) if not is_remote(path) else read(path, transport)
     if text is None:
         raise UserError(
-            f"no dataset at {root}: prepare one with "
+            f"no dataset at {where}: prepare one with "
             "`python launch/prepare_shards.py --source ... --out DIR`"
         )
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): {prepare_again(root)}") from None
+        raise UserError(f"{there} is not valid JSON ({error}): {prepare_again(root)}") from None
     version = content.get("index_version") if isinstance(content, dict) else None
     if version != INDEX_VERSION:
         raise UserError(
-            f"{path} has index version {version}, this program reads version {INDEX_VERSION}: "
+            f"{there} has index version {version}, this program reads version {INDEX_VERSION}: "
             f"{prepare_again(root)}"
         )
     try:
@@ -154,21 +156,21 @@ def load_index(root: str | os.PathLike[str], transport: Transport = DEFAULT) -> 
         actual = fingerprint(index)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path} lacks or garbles a field ({error!r}): {prepare_again(root)}"
+            f"{there} lacks or garbles a field ({error!r}): {prepare_again(root)}"
         ) from None
     if actual != index.fingerprint:
         raise UserError(
-            f"{path} was changed by hand or damaged: its contents give fingerprint {actual[:12]}, "
+            f"{there} was changed by hand or damaged: its contents give fingerprint {actual[:12]}, "
             f"it says {index.fingerprint[:12]}; {prepare_again(root)}"
         )
     if index.order_version != ORDER_VERSION:
         raise UserError(
-            f"{path} was made for order version {index.order_version}, this program has version "
+            f"{there} was made for order version {index.order_version}, this program has version "
             f"{ORDER_VERSION}: {prepare_again(root)}"
         )
     for name in ("labeled", "validation", "test"):
         if index.split(name).samples == 0:
-            raise UserError(f"the dataset at {root} has no {name} samples: {prepare_again(root)}")
+            raise UserError(f"the dataset at {where} has no {name} samples: {prepare_again(root)}")
     _check_shards(root, index)
     return index
 
@@ -211,8 +213,8 @@ def _check_shards(root: str, index: DatasetIndex) -> None:
         if outside and is_remote(root) and not root.startswith("pipe:"):
             # what was downloaded must neither run commands nor read this machine's own files
             raise UserError(
-                f"the index at {root} names the shard {shard.name}, which is not below it: copy the"
-                " index to a folder of this machine if you trust it"
+                f"the index at {shown(root)} names the shard {shard.name}, which is not below it: copy"
+                " the index to a folder of this machine if you trust it"
             )
         if is_remote(location):
             continue

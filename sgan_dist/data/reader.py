@@ -122,8 +122,9 @@ class Reader:
         number of records than the index says.
         """
         if number not in self._places:
-            count = -(-self.split.shards[number].samples // self.split.block)
-            offsets = self.storage.offsets(self.name, number, count)
+            shard = self.split.shards[number]
+            count = -(-shard.samples // self.split.block)
+            offsets = self.storage.offsets(self.name, number, count, shard)
             if offsets is None:
                 each = records if self.packed else samples
                 found = [(record.offset, record.end) for record in each(file)]

@@ -3,6 +3,7 @@
 The cache is a folder of shards named by their sha256, so datasets and runs share what is equal:
 
     ab/abcdef...      whole shards; a file is renamed into place once it was checked
+    ab/abcdef....offsets    where a shard's records begin, with which it comes and goes
     incoming/         what is on its way, and a lock a shard, which the kernel frees
     lock              held for the moment in which shards are put in and out
 
@@ -19,23 +20,26 @@ import io
 import os
 import queue
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Self
 
 import numpy as np
 
+from sgan_dist.data import remote
 from sgan_dist.data.download import cache_home
-from sgan_dist.data.index import Shard, prepare_again
+from sgan_dist.data.index import Shard, prepare_again, sidecar_name
+from sgan_dist.data.locations import is_remote, join, shown
+from sgan_dist.data.locks import locked
 from sgan_dist.data.order import Int64s
-from sgan_dist.data.remote import Denied, Stopped, Transport, fetch, is_remote, join, read
+from sgan_dist.data.remote import Denied, Stopped, Transport, fetch, pause, read
 from sgan_dist.errors import UserError
 
 THREADS = 4  # shards that are brought ahead at the same time
-POLL_SECONDS = 0.05  # how soon a lock that became free is seen
 ABANDONED_SECONDS = 86400  # what nothing was written to for so long, a killed process left
 
 
@@ -64,10 +68,17 @@ class Storage:
         self._transport = transport
         self._options = cache
         self._unchanged: set[Shard] = set()
+        self._given: set[Shard] = set()  # remote ones that were opened
         self._stop = threading.Event()
         self._wanted: queue.SimpleQueue[Shard | None] = queue.SimpleQueue()
         self._on_the_way: set[str] = set()
         self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def open(self, shard: Shard) -> io.BufferedReader:
         """The whole shard, at its first byte; a remote one is in the cache, or brought there.
@@ -76,81 +87,130 @@ class Storage:
         """
         location = join(self.root, shard.name)
         if is_remote(location):
+            self._given.add(shard)
             return self._cached(shard, location, threading.Event())
         again = f"copy it again, or {prepare_again(self.root)}"
         try:
             file = open(location, "rb")
         except OSError as error:
             raise UserError(
-                f"cannot read shard {shard.name} of the dataset at {self.root} "
+                f"cannot read shard {shard.name} of the dataset at {shown(self.root)} "
                 f"({error.strerror}): {again}"
             ) from None
         size = os.fstat(file.fileno()).st_size
         if size != shard.bytes:
             file.close()
             raise UserError(
-                f"shard {shard.name} of the dataset at {self.root} no longer matches the index: "
+                f"shard {shard.name} of the dataset at {shown(self.root)} no longer matches the index: "
                 f"it has {size} bytes, the index says {shard.bytes}; {again}"
             )
         return file
 
-    def offsets(self, split: str, number: int, records: int) -> Int64s | None:
+    def offsets(
+        self, split: str, number: int, records: int, shard: Shard | None = None
+    ) -> Int64s | None:
         """Where the records of a split's shard begin, in bytes: int64 (records + 1,), if known.
 
-        None without a sidecar, and through a pipe, which can't tell that there is none.
+        None without a sidecar, and through a pipe, which can't tell that there is none. With
+        `shard`, a remote sidecar is kept in the cache beside it.
         """
-        name = f"{split}/{number:06d}.tar.offsets.npy"
-        location = join(self.root, name)
+        location = join(self.root, sidecar_name(split, number))
         if location.startswith("pipe:"):
             return None
-        try:
-            if is_remote(location):
-                data = read(location, self._transport)
-            else:
+        if not is_remote(location):
+            try:
                 data = Path(location).read_bytes()
-        except FileNotFoundError:
-            return None
-        except Denied:
-            # object stores answer so, too, where nothing is and the folder must not be listed
-            return None
-        except OSError as error:
-            raise UserError(
-                f"cannot read {location}: {error.strerror}; delete it, it is not needed"
-            ) from None
-        if data is None:
-            return None
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                raise _useless(location, error.strerror) from None
+            return _parsed(location, data, records)
+        if shard is None:
+            found = self._bring_offsets(location, records)
+            return None if found is None else found[0]
         try:
-            offsets = np.load(io.BytesIO(data), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(
-                f"cannot read {location}: {error}; delete it, it is not needed"
-            ) from None
-        if offsets.shape != (records + 1,) or offsets.dtype != np.int64:
-            raise UserError(f"{location} is not of its shard: delete it, it is not needed")
-        found: Int64s = offsets
-        return found
+            return self._kept_offsets(shard, location, records)
+        except OSError as error:
+            raise self._unusable(shard, error) from None
+
+    def _kept_offsets(self, shard: Shard, location: str, records: int) -> Int64s | None:
+        """A remote sidecar's, from the cache; brought there first where it is not."""
+        path = self._path(shard)
+        path = path.with_name(f"{path.name}.offsets")
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                return _parsed(str(path), path.read_bytes(), records)
+            except UserError as error:
+                _say(f"bringing the offsets of shard {shard.name} again: {error}")
+        found = self._bring_offsets(location, records)
+        if found is None:
+            return None
+        incoming = self._folder / "incoming"
+        incoming.mkdir(parents=True, exist_ok=True)
+        temporary = incoming / f".offsets.{shard.sha256}.{os.urandom(8).hex()}"
+        try:
+            temporary.write_bytes(found[1])
+            with self._alone():
+                path.parent.mkdir(exist_ok=True)
+                temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return found[0]
+
+    def _bring_offsets(self, location: str, records: int) -> tuple[Int64s, bytes] | None:
+        """A remote sidecar's, and its bytes; tried again where those are no such array."""
+        for attempt in range(1, self._transport.tries + 1):
+            try:
+                data = read(location, self._transport)
+            except Denied:
+                # object stores answer so, too, where nothing is and the folder must not be listed
+                return None
+            if data is None:
+                return None
+            try:
+                return _parsed(location, data, records), data
+            except UserError as error:
+                if attempt == self._transport.tries:
+                    raise
+                why = str(error).partition(";")[0]
+            pause(location, why, attempt, self._transport, self._stop)
+        return None
 
     def unchanged(self, shard: Shard) -> bool:
         """Whether the bytes that are read have the sha256 of the index; once True, not read again.
 
-        A cached shard that has not is dropped, so that the next `open` brings it anew.
+        A cached shard that has not is dropped, and brought anew at once; False also where `open`
+        gave it before, since what was read of it may have been damaged.
         """
         if shard in self._unchanged:
             return True
-        with self.open(shard) as file:
-            try:
-                same = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
-            except OSError as error:
-                raise UserError(
-                    f"cannot read shard {shard.name} of the dataset at {self.root}: "
-                    f"{error.strerror}; check the disk"
-                ) from None
+        same = self._has_sum(shard)
+        if not same and is_remote(join(self.root, shard.name)):
+            with self._alone():
+                path = self._path(shard)
+                path.unlink(missing_ok=True)
+                path.with_name(f"{path.name}.offsets").unlink(missing_ok=True)
+            given = shard in self._given
+            then = "it will be brought anew when it is opened" if given else "bringing it anew"
+            _say(f"the copy of shard {shard.name} in {self._folder} was damaged: {then}")
+            same = not given and self._has_sum(shard)
         if same:
             self._unchanged.add(shard)
-        elif is_remote(join(self.root, shard.name)):
-            with self._alone():
-                self._path(shard).unlink(missing_ok=True)
         return same
+
+    def _has_sum(self, shard: Shard) -> bool:
+        location = join(self.root, shard.name)
+        # not `open`, of which `unchanged` must know
+        remotely = is_remote(location)
+        file = self._cached(shard, location, threading.Event()) if remotely else self.open(shard)
+        with file:
+            try:
+                return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+            except OSError as error:
+                raise UserError(
+                    f"cannot read shard {shard.name} of the dataset at {shown(self.root)}: "
+                    f"{error.strerror}; check the disk"
+                ) from None
 
     def ahead(self, shards: Iterable[Shard]) -> None:
         """Begin to bring remote shards that are not there yet, in this order, in the background.
@@ -183,10 +243,12 @@ class Storage:
         while (shard := self._wanted.get()) is not None and not self._stop.is_set():
             try:
                 self._cached(shard, join(self.root, shard.name), self._stop).close()
-            except UserError:
+            except (UserError, OSError):
                 continue  # the shard may never be needed; `open` tries again, and says it
             except Stopped:
                 return
+            except Exception as error:  # noqa: BLE001 - the next shards are to be brought still
+                _say(f"cannot bring shard {shard.name} ahead: {error!r}")
             finally:
                 self._on_the_way.discard(shard.sha256)
 
@@ -198,7 +260,7 @@ class Storage:
     def _path(self, shard: Shard) -> Path:
         if not re.fullmatch("[0-9a-f]{64}", shard.sha256):  # it becomes a path here
             raise UserError(
-                f"the index of the dataset at {self.root} gives shard {shard.name} the sha256 "
+                f"the index of the dataset at {shown(self.root)} gives shard {shard.name} the sha256 "
                 f"{shard.sha256!r}, which is none: index the dataset again"
             )
         return self._folder / shard.sha256[:2] / shard.sha256
@@ -218,25 +280,44 @@ class Storage:
             incoming = self._folder / "incoming"
             incoming.mkdir(parents=True, exist_ok=True)
             target = incoming / shard.sha256
-            with _locked(target.with_name(f"{target.name}.lock"), stop):
+            path = self._path(shard)
+            patience = self._transport.timeout + remote.LONGEST_WAIT_SECONDS
+            with locked(
+                target.with_name(f"{target.name}.lock"),
+                _key(location, self._transport),
+                stop,
+                path.exists,
+                lambda: _progress(incoming, shard.sha256),
+                patience,
+            ) as alone:
                 file = self._found(shard)
                 if file is not None:
                     return file
-                for left in incoming.glob(f".{target.name}.*"):
-                    left.unlink()  # by a process that was killed, as the lock is ours
+                if alone:
+                    for left in incoming.glob(f".{target.name}.*"):
+                        left.unlink(missing_ok=True)  # by a process that was killed
+                else:
+                    _say(
+                        f"who brings shard {shard.name} got nothing for {patience:g} s: bringing "
+                        "it without waiting longer"
+                    )
+                    # a name that who holds the lock does not sweep
+                    target = incoming / f"own.{shard.sha256}.{os.urandom(8).hex()}"
                 fetch(location, target, self._transport, shard.bytes, shard.sha256, stop)
                 with self._alone():
                     self._make_room(limit - shard.bytes)
-                    path = self._path(shard)
                     path.parent.mkdir(exist_ok=True)
                     target.replace(path)
                     return open(path, "rb")
         except OSError as error:
-            raise UserError(
-                f"cannot keep shard {shard.name} in the cache of shards at {self._folder} "
-                f"({error.strerror}): let data.cache or SGAN_CACHE name a folder on a disk of "
-                "this node with room for it"
-            ) from None
+            raise self._unusable(shard, error) from None
+
+    def _unusable(self, shard: Shard, error: OSError) -> UserError:
+        return UserError(
+            f"cannot keep shard {shard.name} in the cache of shards at {self._folder} "
+            f"({error.strerror}): let data.cache or SGAN_CACHE name a folder on a disk of "
+            "this node with room for it"
+        )
 
     def _found(self, shard: Shard) -> io.BufferedReader | None:
         path = self._path(shard)
@@ -258,15 +339,18 @@ class Storage:
             with contextlib.suppress(FileNotFoundError):  # they come and go
                 if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
                     left.unlink()
-        kept = []
+        kept: dict[str, tuple[int, int, list[Path]]] = {}
         for path in self._folder.glob("[0-9a-f][0-9a-f]/*"):
             state = path.stat()
-            kept.append((state.st_mtime_ns, state.st_size, path))
-        total = sum(size for _, size, _ in kept)
-        for _, size, path in sorted(kept):
+            used, size, paths = kept.get(path.stem, (0, 0, []))
+            used = max(used, state.st_mtime_ns)
+            kept[path.stem] = used, size + state.st_size, [*paths, path]
+        total = sum(size for _, size, _ in kept.values())
+        for _, size, paths in sorted(kept.values()):
             if total <= limit:
                 return
-            path.unlink()
+            for path in paths:
+                path.unlink()
             total -= size
 
     @contextlib.contextmanager
@@ -277,42 +361,37 @@ class Storage:
             yield
 
 
-@contextlib.contextmanager
-def _locked(path: Path, stop: threading.Event) -> Iterator[None]:
-    """Hold the lock file, waiting for whoever has it, and remove it at the end.
-
-    Raises the UserError with which the one that was waited for failed: of all the processes that
-    want a shard, one is to try, not each in turn. Raises Stopped once `stop` is set.
-    """
-    while True:
-        with open(path, "a+b") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if stop.wait(POLL_SECONDS):
-                        raise Stopped from None
-            if not _is_at(file, path):  # removed by the one that was waited for
-                file.seek(0)
-                failure = file.read().decode()
-                if failure:
-                    raise UserError(failure)
-                continue
-            file.truncate(0)
-            try:
-                yield
-            except UserError as error:
-                file.write(str(error).encode())
-                file.flush()
-                raise
-            finally:
-                path.unlink(missing_ok=True)
-            return
+def _key(location: str, transport: Transport) -> str:
+    """Of whom an error is one's own: the same job's processes, which want the same file."""
+    address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    job = f"{address}:{port}" if address or port else ""
+    text = repr((location, transport.tries, transport.timeout, job))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _is_at(file: BinaryIO, path: Path) -> bool:
+def _progress(incoming: Path, sha256: str) -> list[tuple[str, int, int]]:
+    """What changes while a shard arrives."""
+    found = []
+    for path in incoming.glob(f".{sha256}.*"):
+        with contextlib.suppress(FileNotFoundError):  # they come and go
+            state = path.stat()
+            found.append((path.name, state.st_size, state.st_mtime_ns))
+    return sorted(found)
+
+
+def _parsed(location: str, data: bytes, records: int) -> Int64s:
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+        offsets: Int64s = np.lib.format.read_array(io.BytesIO(data))
+    except (OSError, ValueError, EOFError) as error:
+        raise _useless(location, str(error)) from None
+    if offsets.shape != (records + 1,) or offsets.dtype != np.int64:
+        raise UserError(f"{shown(location)} is not of its shard: delete it, it is not needed")
+    return offsets
+
+
+def _useless(location: str, why: str | None) -> UserError:
+    return UserError(f"cannot read {shown(location)}: {why}; delete it, it is not needed")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

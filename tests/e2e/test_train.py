@@ -206,7 +206,9 @@ def test_two_ranks_by_the_documented_command(digits: Path, tmp_path: Path) -> No
     wait_for_step(process, tmp_path, 30)
     kill_all(process)
     code, output = run(*TWO_RANKS, *arguments, **two)
-    assert code == 0 and "2 processes on cpu" in output and "resuming after step" in output, output
+    assert code == 0 and "2 processes on 1 node" in output and "resuming after step" in output, (
+        output
+    )
     assert summary(tmp_path)["world_size"] == 2
 
 

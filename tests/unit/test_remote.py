@@ -621,3 +621,43 @@ def test_environment_is_put_back():
     with s3_environment("http://127.0.0.1:9"), environment(STORAGE_EMULATOR_HOST="x"):
         assert os.environ["AWS_ENDPOINT_URL"] == "http://127.0.0.1:9"
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"tries": 0}, {"timeout": 0.0}, {"timeout": float("inf")}, {"timeout": float("nan")}]
+)
+def test_impossible_patience(wrong):
+    with pytest.raises(UserError, match=rf"data\.{next(iter(wrong))} is "):
+        Transport(**wrong)
+
+
+def test_retries_are_said(server, target, capsys):
+    server.faults["/data/a.tar"] = [status(500)]
+    fetch(f"{server.url}/data/a.tar?sig=secret", target, PATIENT)
+    said = capsys.readouterr().err
+    assert said.startswith(f"retrying {server.url}/data/a.tar in 0 s: HTTP 500")
+    assert said.endswith("(2 of 3)\n") and said.count("\n") == 1
+
+
+def endless(handler, body):
+    handler.send_response(200)
+    handler.end_headers()
+    while not handler.outer.closing.wait(0.001):
+        handler.wfile.write(body)
+
+
+@pytest.mark.parametrize("piped", [False, True], ids=["download", "pipe"])
+def test_more_bytes_than_there_should_be(place, target, piped):
+    server, location, path = place
+    server.faults[path] = endless
+    location = "pipe:cat /dev/zero" if piped else location
+    with pytest.raises(UserError, match=r"has more than 300000 bytes \(3 tries\)"):
+        fetch(location, target, PATIENT, len(BODY), SHA256)
+    assert nothing_left(target)
+
+
+def test_stopping_a_pipe_that_flows(target):
+    stop = threading.Event()
+    threading.Timer(0.3, stop.set).start()
+    with pytest.raises(Stopped):
+        fetch("pipe:while :; do echo x; done", target, PATIENT, stop=stop)

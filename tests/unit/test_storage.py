@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -633,3 +634,94 @@ def test_a_slow_server_and_a_small_timeout(server, cache):
     server.faults["/a.tar"] = slow(pieces=8, seconds=0.2)
     at = storage(server.url, cache, transport=Transport(tries=1, timeout=1.0))
     assert content(at, shard) == body("a.tar")
+
+
+# Others that fail, wait or were suspended
+
+
+def test_a_failure_of_another_job_is_not_taken_over(server, cache):
+    shard = put(server.folder, "a.tar")
+    go = threading.Event()
+
+    def fails(handler, data):
+        go.wait()
+        status(403)(handler, data)
+
+    server.faults["/a.tar"] = [fails]
+    with environment(MASTER_ADDR="host", MASTER_PORT="1"):
+        first = start(OPEN, server, cache, shard)
+    with ended(first), ThreadPoolExecutor(1) as pool:
+        while not server.requests["/a.tar"]:
+            time.sleep(0.01)
+        with environment(MASTER_ADDR="host", MASTER_PORT="2"):
+            second = pool.submit(content, storage(server.url, cache), shard)
+            wait_for_holders(cache, shard, [os.getpid()])
+            go.set()
+            assert b"HTTP 403" in first.communicate()[0]
+            assert second.result() == body("a.tar")
+
+
+def test_a_suspended_process_holds_nobody_up(server, cache, monkeypatch, capsys):
+    monkeypatch.setattr(remote, "LONGEST_WAIT_SECONDS", 0.5)
+    shard = put(server.folder, "a.tar")
+    server.faults["/a.tar"] = [stall]
+    first = start(OPEN, server, cache, shard)
+    with ended(first):
+        while not any(path.stat().st_size for path in cache.glob("incoming/.*")):
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)
+        at = storage(server.url, cache, transport=Transport(timeout=0.5))
+        assert content(at, shard) == body("a.tar")
+        assert "who brings shard a.tar got nothing for 1 s" in capsys.readouterr().err
+        assert len(list(cache.glob("incoming/*"))) == 2  # the first's lock and part
+
+
+def test_a_damaged_copy_heals_before_it_is_opened(server, cache, capsys):
+    shard = put(server.folder, "a.tar")
+    content(storage(server.url, cache), shard)
+    (cache / shard.sha256[:2] / shard.sha256).write_bytes(body("b.tar"))
+    with storage(server.url, cache) as at:
+        assert at.unchanged(shard)
+        assert content(at, shard) == body("a.tar")
+    assert "the copy of shard a.tar in" in capsys.readouterr().err
+
+
+def test_ahead_survives_any_error(server, cache, monkeypatch, capsys):
+    a, b = put(server.folder, "a.tar"), put(server.folder, "b.tar")
+    monkeypatch.setattr("sgan_dist.data.storage.THREADS", 1)
+    with storage(server.url, cache) as at:
+        bring = at._cached
+
+        def once(*arguments):
+            monkeypatch.setattr(at, "_cached", bring)
+            raise RuntimeError("odd")
+
+        monkeypatch.setattr(at, "_cached", once)
+        at.ahead([a, b])
+        while not (cache / b.sha256[:2] / b.sha256).exists():
+            time.sleep(0.01)
+    assert "cannot bring shard a.tar ahead: RuntimeError('odd')" in capsys.readouterr().err
+
+
+def test_offsets_are_tried_again_and_kept_beside_their_shard(server, cache):
+    a, b = put(server.folder, "a.tar"), put(server.folder, "b.tar")
+    (server.folder / "unlabeled").mkdir()
+    path = "/unlabeled/000000.tar.offsets.npy"
+    (server.folder / path[1:]).write_bytes(sidecar(np.arange(3)))
+    at = storage(server.url, cache, gib=1.5 * SIZE / 2**30)
+    content(at, a)
+    server.faults[path] = [lambda handler, data: (handler.begin(9), handler.wfile.write(data[:9]))]
+    for _ in range(2):
+        assert at.offsets("unlabeled", 0, 2, a).tolist() == [0, 1, 2]
+    assert server.requests[path] == 2
+    assert kept(cache) == {a.sha256, f"{a.sha256}.offsets"}
+    content(at, b)
+    assert kept(cache) == {b.sha256}
+
+
+def test_no_password_in_messages(cache):
+    at = storage("http://user:secret@127.0.0.1:9/d?sig=secret", cache)
+    for attempt in (lambda: at.offsets("unlabeled", 0, 2), lambda: at._path(Shard("a", 1, 1, "x"))):
+        with pytest.raises(UserError) as caught:
+            attempt()
+        assert "secret" not in str(caught.value)
