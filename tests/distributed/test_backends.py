@@ -102,6 +102,7 @@ def test_a_run_may_change_its_backend_and_its_world(digits: Path, tmp_path: Path
     assert (changing - straight).norm() < 1e-4 * straight.norm()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_under_zero_equals_an_uninterrupted_one(digits: Path, tmp_path: Path) -> None:
     options = ("--optim.decay=0", "--train.accumulation=1")
     straight = config(digits, tmp_path / "a", "zero2", *options, "--train.steps=10")

@@ -308,6 +308,7 @@ def shift(mine: dict[str, Any], one: dict[str, Any]) -> float:
     return float(apart.norm() / way.norm())
 
 
+@slow
 def test_a_checkpoint_goes_on_anywhere(ddp: list[dict[str, Any]]) -> None:
     whole, half = PLAYS[0], replace(PLAYS[0], zero="zero2", end=10)
     (straight, begun) = play_all(2, replace(whole, zero="zero2"), half)[0]
@@ -468,6 +469,7 @@ def test_accelerates_files_are_loaded(path: Path) -> None:
     assert file is None or (REPOSITORY / file).is_file()
 
 
+@slow
 @pytest.mark.parametrize("name", ["cpu_two_ranks", "deepspeed_zero1", "deepspeed_zero2"])
 def test_accelerates_files_start_two_ranks(name: str, tmp_path: Path) -> None:
     script = tmp_path / "show.py"

@@ -46,6 +46,7 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_from_tars_on_a_server_to_a_classifier(tars: Path, tmp_path: Path) -> None:
     with http_server(tars) as server:

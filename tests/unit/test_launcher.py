@@ -99,11 +99,17 @@ TWO = "--nproc_per_node=2"
 @pytest.mark.parametrize(
     ("command", "more", "expected"),
     [
-        (("python", *DRY), {}, "python, no wrapper, 1 process on 1 node"),
-        (
+        pytest.param(
+            ("python", *DRY),
+            {},
+            "python, no wrapper, 1 process on 1 node",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             ("accelerate", "launch", "--mixed_precision", "bf16", *DRY),
             {},
             "accelerate launch, no wrapper, 1 process on 1 node, cpu with 1 thread each, bf16",
+            marks=pytest.mark.slow,
         ),
         (
             ("accelerate", "launch", "--mixed_precision", "bf16", *DRY, "--train.precision=fp32"),
