@@ -189,9 +189,9 @@ class WindowedOrder:
     def pieces(self, epoch: int, start: int, stop: int) -> list[Piece]:
         """Where samples [start, stop) of the epoch's line lie, in line order."""
         n = self.samples
-        shards, ends, offset = self._line(epoch)
         if stop <= start:
             return []
+        shards, ends, offset = self._line(epoch)
         first = (start + offset) % n
         last = first + stop - start
         # an interval that runs over the line's end goes on at the head of the first shard

@@ -12,11 +12,10 @@ import io
 import itertools
 import math
 import os
-import queue
 import struct
 import tarfile
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -30,6 +29,7 @@ from sgan_dist.data.remote import is_remote, join
 from sgan_dist.data.storage import Storage
 from sgan_dist.errors import UserError
 
+CHECKED_BYTES = 8 * 2**30
 PLACES_KEPT = 256  # shards
 NPY_HEADER = 256  # bytes; numpy's own take 128 for an array of few dimensions
 
@@ -69,8 +69,10 @@ class Reader:
         self.name = split
         self.label = index.label
         self._checked: set[int] = set()
-        self._unchecked: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._checker: threading.Thread | None = None
+        self._large = sum(shard.bytes for shard in self.split.shards) > CHECKED_BYTES
+        self._unchecked: deque[int] = deque()
+        self._checking = False
+        self._lock = threading.Lock()
         self._changed: UserError | None = None
         # lanes that follow one another through a shard share what is known of it
         self._places: OrderedDict[int, _Places] = OrderedDict()
@@ -146,18 +148,20 @@ class Reader:
             )
 
     def check_later(self, number: int) -> None:
-        """Has a local shard's bytes checked in the background, once; `changed` tells the outcome.
+        """Has a local shard's bytes checked in the background, once; see `raise_changed`.
 
-        Remote ones are checked as they arrive.
+        Remote ones are checked as they arrive; a split of more than CHECKED_BYTES is not read twice.
         """
-        shard = self.split.shards[number]
-        if number in self._checked or is_remote(join(self._root, shard.name)):
+        if self._large or number in self._checked:
             return
         self._checked.add(number)
-        self._unchecked.put(number)
-        if self._checker is None:
-            self._checker = threading.Thread(target=self._check, daemon=True)
-            self._checker.start()
+        if is_remote(join(self._root, self.split.shards[number].name)):
+            return
+        with self._lock:
+            self._unchecked.append(number)
+            if not self._checking:
+                self._checking = True
+                threading.Thread(target=self._check, daemon=True).start()
 
     def raise_changed(self) -> None:
         """Raises UserError where a check in the background found a shard that was changed."""
@@ -165,9 +169,14 @@ class Reader:
             raise self._changed
 
     def _check(self) -> None:
-        while self._changed is None:
+        while True:
+            with self._lock:
+                if not self._unchecked:
+                    self._checking = False
+                    return
+                number = self._unchecked.popleft()
             try:
-                self.check_hash(self._unchecked.get())
+                self.check_hash(number)
             except UserError as error:
                 self._changed = error
 

@@ -15,7 +15,7 @@ from sgan_dist.config import DataConfig
 from sgan_dist.data.index import DatasetIndex, SplitIndex
 from sgan_dist.data.order import BalancedOrder, FullOrder, Int64s, WindowedOrder
 from sgan_dist.data.reader import Bytes, Cursor, Images, Reader, Skip
-from sgan_dist.data.remote import Transport, is_remote, join
+from sgan_dist.data.remote import Transport, is_remote
 from sgan_dist.data.storage import CacheOptions, Storage
 from sgan_dist.errors import UserError
 
@@ -136,7 +136,7 @@ class WindowedStream:
         # shards of this many samples further on are brought while a window is used
         self._longest = min(window, -(-order.samples // lanes))
         self._ahead = max(self._longest, order.samples // len(shards))
-        self._remote = any(is_remote(join(storage.root, shard.name)) for shard in shards)
+        self._remote = is_remote(storage.root) or any(is_remote(shard.name) for shard in shards)
         rows = self._longest * len(self._lanes)
         self._images = reader.buffer(rows)
         self._labels = np.zeros(rows, np.int64)

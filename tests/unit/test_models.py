@@ -10,13 +10,13 @@ from torch import nn
 
 from sgan_dist import ema
 from sgan_dist.augment import augment
-from sgan_dist.backend import frozen
 from sgan_dist.config import AugmentConfig, EmaConfig
 from sgan_dist.distributed import GlobalBatchNorm
 from sgan_dist.errors import UserError
 from sgan_dist.models import build_discriminator, build_generator
 from sgan_dist.models.base import data_dependent_init, dropout, gaussian_noise, normed
 from sgan_dist.noise import Draw, Rows
+from sgan_dist.players import frozen
 
 CPU = torch.device("cpu")
 
