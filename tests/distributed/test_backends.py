@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from sgan_dist.config import Config
 from sgan_dist.trainer import fit
 from tests.conftest import small_config
 from tests.distributed.test_world_size import parameters
-from tests.ranks import REPOSITORY, run_ranks
+from tests.ranks import REPOSITORY, free_port, launch, run, run_ranks
 
 DDP = "ddp"
 OPTIONS = (
@@ -112,5 +115,53 @@ def test_a_resumed_run_under_zero_equals_an_uninterrupted_one(digits: Path, tmp_
         run_ranks(2, train, resumed)
     hashes = [
         json.loads((tmp_path / run / "summary.json").read_text())["weights_sha256"] for run in "ab"
+    ]
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("deepspeed", "--num_accelerators", "2", "--master_port", "PORT"),
+        ("accelerate", "launch", "--config_file", "configs/accelerate/deepspeed_zero2.yaml"),
+        ("torchrun", "--standalone", "--nproc_per_node=2"),
+    ],
+    ids=["deepspeed", "accelerate", "torchrun"],
+)
+def test_killed_under_each_launcher_it_goes_on(
+    launcher: tuple[str, ...], digits: Path, tmp_path: Path
+) -> None:
+    launcher = tuple(str(free_port()) if word == "PORT" else word for word in launcher)
+    for name, killed in (("straight", False), ("killed", True)):
+        options = (
+            f"--data.root={digits}",
+            "--data.source=null",
+            f"--run_dir={tmp_path / name}",
+            "--train.steps=60",
+            "--train.log_every=10",
+            "--train.baseline_steps=0",
+            "--checkpoint.every=10",
+            "--tracking.wandb=false",
+            '--model.discriminator_args={"width": 4}',
+            '--model.generator_args={"width": 4, "latent_size": 8}',
+        )
+        command = (*launcher, "launch/train.py", *options)
+        if killed:
+            process = launch(*command, DS_ACCELERATOR="cpu")
+            try:
+                while not (tmp_path / name / "checkpoints" / "step-00000020").exists():
+                    assert process.poll() is None
+                    time.sleep(0.01)
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+            assert not (tmp_path / name / "DONE").exists()
+        code, output = run(*command, DS_ACCELERATOR="cpu")
+        assert code == 0 and ("resuming after step" in output) == killed, output
+    hashes = [
+        json.loads((tmp_path / name / "summary.json").read_text())["weights_sha256"]
+        for name in ("straight", "killed")
     ]
     assert hashes[0] == hashes[1]
