@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sgan_dist.distributed import as_bytes
 from sgan_dist.errors import UserError
 
 PREFIX = "step-"
@@ -110,9 +111,9 @@ def weights_sha256(networks: dict[str, torch.nn.Module]) -> str:
         for key, value in network.state_dict().items()
     }
     for key in sorted(tensors):
-        value = tensors[key].detach().cpu().contiguous()
+        value = tensors[key]
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(as_bytes(value))
     return digest.hexdigest()
 
 

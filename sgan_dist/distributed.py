@@ -118,16 +118,16 @@ class GlobalBatchNorm(nn.Module):
         return out.to(x.dtype)
 
 
+def as_bytes(tensor: Tensor) -> bytes:
+    """A tensor's values as they lie in memory, in row order."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
 def differing_replica(tensors: dict[str, Tensor]) -> str | None:
     """The name of the first tensor that is not the same on all ranks, by its bytes."""
     if world_size() == 1:
         return None
-    digests = {
-        name: hashlib.sha256(
-            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        ).digest()
-        for name, value in tensors.items()
-    }
+    digests = {name: hashlib.sha256(as_bytes(v)).digest() for name, v in tensors.items()}
     others = gather_objects(digests)
     return next((name for name in digests if any(o[name] != digests[name] for o in others)), None)
 

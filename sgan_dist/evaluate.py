@@ -207,9 +207,8 @@ def main(argv: Sequence[str]) -> int:
                 f" {', '.join(about['class_names'])}: name its own dataset with --data"
             )
         network.to(backend.device)
-        found = evaluate(
-            network, index, open_storage(data), args.split, about["form"], backend.device
-        )
+        with open_storage(data) as storage:
+            found = evaluate(network, index, storage, args.split, about["form"], backend.device)
         backend.close()
     except UserError as error:
         if zero:

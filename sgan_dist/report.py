@@ -105,7 +105,8 @@ def _judge(
         raise UserError(
             f"{data.root} is not the dataset that {run} was trained on: name that with --data"
         )
-    found = examine(network.to(device), index, open_storage(data), split, config.loss.form)
+    with open_storage(data) as storage:
+        found = examine(network.to(device), index, storage, split, config.loss.form)
     judged = found.evaluation()
     whose = f"the {split} split, {judged.images:,} images, after step {step:,}"
     names = index.class_names

@@ -290,10 +290,11 @@ def _errors(
 ) -> dict[str, float]:
     """Error of the averaged D, and of D itself, on a labeled split."""
     found = {}
-    for name, network in (("", networks.average), ("_raw", networks.discriminator.network)):
-        found[f"{split}_error{name}"] = evaluate(
-            network, index, open_storage(config.data), split, config.loss.form, backend.device
-        ).error
+    with open_storage(config.data) as storage:  # one: what it has checked it need not check again
+        for name, network in (("", networks.average), ("_raw", networks.discriminator.network)):
+            found[f"{split}_error{name}"] = evaluate(
+                network, index, storage, split, config.loss.form, backend.device
+            ).error
     return found
 
 
@@ -347,8 +348,8 @@ def _keep_classifier(
 ) -> None:
     """The averaged D as a file, and for the dashboard where it is wrong on the test split."""
     save_classifier(config.directory / "classifier.safetensors", networks.average, config, index)
-    storage = open_storage(config.data)
-    found = examine(networks.average, index, storage, "test", config.loss.form)
+    with open_storage(config.data) as storage:
+        found = examine(networks.average, index, storage, "test", config.loss.form)
     tracker.findings(found, index.class_names)
 
 

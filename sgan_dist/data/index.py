@@ -7,6 +7,8 @@ import json
 import math
 import os
 import shlex
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,26 @@ def prepare_again(root: str | os.PathLike[str]) -> str:
     if is_remote(str(root)):
         return "prepare or index the dataset again"
     return f"remove {root} (rm -r {shlex.quote(str(root))}) and prepare the dataset again"
+
+
+def made_by(make: Callable[[], DatasetIndex], out: str, interrupted: str) -> int:
+    """Makes a dataset for a command line and says what it holds: an exit code.
+
+    0 when made, 2 (an error) or 130 (Ctrl-C, after which `interrupted` holds) with a line on stderr.
+    """
+    try:
+        index = make()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted: {interrupted}", file=sys.stderr)
+        return 130
+    for name in SPLITS:
+        split = index.split(name)
+        print(f"{name:>10}: {split.samples} samples in {len(split.shards)} shard(s), {split.order}")
+    print(f"{out}: {index.source}, fingerprint {index.fingerprint[:12]}")
+    return 0
 
 
 def sidecar_name(split: str, number: int) -> str:

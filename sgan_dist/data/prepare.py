@@ -35,6 +35,7 @@ from sgan_dist.data.index import (
     Shard,
     SplitIndex,
     load_index,
+    made_by,
     order_for,
     save,
     with_fingerprint,
@@ -332,8 +333,9 @@ def main(argv: Sequence[str]) -> int:
     add("--order", choices=("auto", *ORDERS), default="auto", help="of the unlabeled split")
     add("--samples-per-shard", type=int, help="default 8192, fewer for large images")
     args = parser.parse_args(argv)
-    try:
-        index = prepare(
+
+    def make() -> DatasetIndex:
+        return prepare(
             args.source,
             args.out,
             args.labels_per_class,
@@ -343,14 +345,5 @@ def main(argv: Sequence[str]) -> int:
             args.order,
             args.samples_per_shard,
         )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing half-written was kept", file=sys.stderr)
-        return 130
-    for name in SPLITS:
-        split = index.split(name)
-        print(f"{name:>10}: {split.samples} samples in {len(split.shards)} shard(s), {split.order}")
-    print(f"{args.out}: {index.source}, fingerprint {index.fingerprint[:12]}")
-    return 0
+
+    return made_by(make, args.out, "nothing half-written was kept")

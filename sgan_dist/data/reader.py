@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from sgan_dist.data.images import decode
 from sgan_dist.data.index import DatasetIndex, prepare_again
 from sgan_dist.data.order import Int64s
-from sgan_dist.data.records import image_of, label_of, records, samples
+from sgan_dist.data.records import checked_size, image_of, label_of, records, samples
 from sgan_dist.data.remote import is_remote, join
 from sgan_dist.data.storage import Storage
 from sgan_dist.errors import UserError
@@ -308,13 +308,10 @@ def _members(descriptor: int, start: int, end: int) -> dict[str, tuple[int, int]
     found = {}
     while start < end:
         header = os.pread(descriptor, tarfile.BLOCKSIZE, start)
-        # by hand, since tarfile's own parser costs as much as reading a block of images
         try:
-            size, said = int(header[124:135], 8), int(header[148:154], 8)
-        except ValueError:
-            raise tarfile.HeaderError(f"no tar header at byte {start}") from None
-        if said != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-            raise tarfile.HeaderError(f"damaged tar header at byte {start}")
+            size = checked_size(header, start)
+        except ValueError as error:  # not a damaged record, but a tar that is another
+            raise tarfile.HeaderError(str(error)) from None
         name = header[:100].rstrip(b"\0").decode("utf-8", "replace")
         found[name.partition(".")[2]] = start + tarfile.BLOCKSIZE, size
         start += tarfile.BLOCKSIZE * (1 + -(-size // tarfile.BLOCKSIZE))

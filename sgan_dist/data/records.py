@@ -143,7 +143,7 @@ def _members(file: BinaryIO, position: int) -> Iterator[tuple[str, bytes, int, i
     size: int | None = None
     # a block of zeros ends a tar; some programs write none
     while position < total and block != _ZEROS:
-        own_size = _checked_size(block, position)
+        own_size = checked_size(block, position)
         kind = block[156]
         if kind == _SPARSE:
             raise ValueError("a sparse file: write the tar without --sparse")
@@ -176,8 +176,8 @@ def _members(file: BinaryIO, position: int) -> Iterator[tuple[str, bytes, int, i
         raise ValueError("cut off: a header without its file at the end")
 
 
-def _checked_size(block: bytes, position: int) -> int:
-    """The size that a header block states; ValueError unless its checksum is right."""
+def checked_size(block: bytes, position: int) -> int:
+    """The size that a header, read at byte `position`, states; ValueError for a wrong checksum."""
     try:
         if len(block) == BLOCK:
             stated = _number(block[148:156])

@@ -29,6 +29,7 @@ from sgan_dist.data.index import (
     Shard,
     SplitIndex,
     load_index,
+    made_by,
     order_for,
     save,
     sidecar_name,
@@ -379,17 +380,9 @@ def main(argv: Sequence[str]) -> int:
     add("--tries", type=int, default=DEFAULT.tries, help="attempts a remote shard")
     add("--timeout", type=float, default=DEFAULT.timeout, help="seconds without a byte")
     args = vars(parser.parse_args(argv))
-    transport = Transport(args.pop("tries"), args.pop("timeout"))
-    try:
-        index = index_shards(**args, transport=transport)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one ended", file=sys.stderr)
-        return 130
-    for name in SPLITS:
-        split = index.split(name)
-        print(f"{name:>10}: {split.samples} samples in {len(split.shards)} shard(s), {split.order}")
-    print(f"{args['out']}: {index.source}, fingerprint {index.fingerprint[:12]}")
-    return 0
+
+    def make() -> DatasetIndex:
+        transport = Transport(args.pop("tries"), args.pop("timeout"))
+        return index_shards(**args, transport=transport)
+
+    return made_by(make, args["out"], "the same command goes on where this one ended")

@@ -613,3 +613,9 @@ def test_the_command_line(tars, tmp_path, capsys):
     assert index.fingerprint[:12] in said and index.image_shape == (16, 16, 1)
     assert main(given) == 2
     assert "holds another dataset" in capsys.readouterr().err
+
+
+def test_a_bad_option_is_a_sentence(tars, tmp_path, capsys):
+    given = command(tars, tmp_path / "out")[len(SCRIPT) :]
+    assert main([*given, "--tries", "0"]) == 2
+    assert capsys.readouterr().err == "error: data.tries is 0: give at least 1\n"
