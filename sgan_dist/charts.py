@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -87,11 +87,11 @@ def line_chart(
     title: str, series: list[Series], last: float, unit: str = "", log: bool = False
 ) -> str:
     """A figure of lines over the steps 0 to `last`; on a log axis zeros lie at its foot."""
-    say = _percents if unit == "%" else number
+    say = percents if unit == "%" else number
     values = [value for line in series for _, value in line.points]
     log = log and min(values) >= 0 and max(values) > 0
     x = Axis(0, max(last, 1), LEFT, WIDTH - RIGHT)
-    y = Axis(*_limits(values, log), HEIGHT - BOTTOM, TOP, log)
+    y = Axis(*limits(values, log), HEIGHT - BOTTOM, TOP, log)
     marks, legend = [], []
     for i, line in enumerate(series):
         colour = i % COLOURS
@@ -110,7 +110,7 @@ def line_chart(
             f'<span class="key"><i class="c{colour}"></i>{escape(line.name)} <b>{final}</b></span>'
         )
     scale = ", log scale" if log else ""
-    return _figure(title + scale, "".join(legend), _frame(x, y, say, "step") + "".join(marks))
+    return _figure(title + scale, "".join(legend), frame(x, y, say, "step") + "".join(marks))
 
 
 def reliability(rows: list[tuple[int, float, float]]) -> str:
@@ -128,8 +128,8 @@ def reliability(rows: list[tuple[int, float, float]]) -> str:
         '<span class="key"><i class="c0"></i>accuracy of a bin</span>'
         '<span class="key"><i class="c1"></i>at its mean confidence</span>'
     )
-    frame = _frame(x, y, number, "confidence, %")
-    return _figure("Reliability: accuracy, %", legend, frame + "".join(marks))
+    grid = frame(x, y, number, "confidence, %")
+    return _figure("Reliability: accuracy, %", legend, grid + "".join(marks))
 
 
 def histogram(counts: list[int]) -> str:
@@ -141,11 +141,11 @@ def histogram(counts: list[int]) -> str:
         _bar(x, y, i, len(counts), share, f"{counts[i]} images, {share:.1f} %")
         for i, share in enumerate(shares)
     ]
-    frame = _frame(x, y, number, "confidence, %")
-    return _figure("How confident it is: share of the images, %", "", frame + "".join(bars))
+    grid = frame(x, y, number, "confidence, %")
+    return _figure("How confident it is: share of the images, %", "", grid + "".join(bars))
 
 
-def _percents(value: float) -> str:
+def percents(value: float) -> str:
     return f"{value:.3g} %"
 
 
@@ -157,7 +157,7 @@ def _bar(x: Axis, y: Axis, i: int, bins: int, height: float, said: str) -> str:
     )
 
 
-def _limits(values: list[float], log: bool) -> tuple[float, float]:
+def limits(values: Sequence[float], log: bool) -> tuple[float, float]:
     """A little beyond the least and the greatest value; never an empty range."""
     low, high = min(values), max(values)
     if log:
@@ -179,8 +179,14 @@ def _thin(points: list[Point]) -> list[Point]:
     return kept
 
 
-def _frame(x: Axis, y: Axis, say: Callable[[float], str], label: str) -> str:
-    """Grid, ticks and the name of the x axis."""
+def frame(
+    x: Axis,
+    y: Axis,
+    say: Callable[[float], str],
+    label: str,
+    marked: Iterable[float] | None = None,
+) -> str:
+    """Grid, ticks and the name of the x axis, whose ticks are at `marked` or at round values."""
     parts = []
     for tick in y.ticks():
         at = y.place(tick)
@@ -188,7 +194,7 @@ def _frame(x: Axis, y: Axis, say: Callable[[float], str], label: str) -> str:
         parts.append(
             f'<text x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{say(tick)}</text>'
         )
-    for tick in x.ticks():
+    for tick in x.ticks() if marked is None else marked:
         at, base = x.place(tick), HEIGHT - BOTTOM
         parts.append(f'<path class="tick" d="M{at:.1f},{base}v4"/>')
         parts.append(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sgan_dist.distributed import as_bytes
-from sgan_dist.errors import UserError
+from sgan_dist.errors import Outage, UserError
 
 PREFIX = "step-"
 PARTIAL = ".partial-"
@@ -56,7 +56,7 @@ def save(run: Path, step: int, state: dict[str, Any], meta: dict[str, Any], keep
         for old in later + [path for path in kept if path.name <= name][keep:]:
             shutil.rmtree(old)
     except (OSError, RuntimeError) as error:  # torch's writer wraps a full disk in a RuntimeError
-        raise UserError(
+        raise Outage(
             f"can't write checkpoint {final}: {error}; free some space and run the same command again"
         ) from error
     return final

@@ -133,6 +133,8 @@ class TrainConfig:
     """processes that must take part; a run that got another number stops"""
     replica_check_every: int = 1000
     """steps between checks that all ranks hold the same weights; 0: never"""
+    timeout: float = 300.0
+    """seconds for a step with its evaluation and save; a run that takes longer hangs, and is ended"""
 
 
 @dataclass(frozen=True)
@@ -269,6 +271,7 @@ def check(config: Config) -> Config:
         "train.steps": t.steps,
         "train.accumulation": t.accumulation,
         "train.log_every": t.log_every,
+        "train.timeout": t.timeout,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
         "optim.lr": o.lr,
@@ -347,7 +350,7 @@ FREE_AT_RESUME = {
     "data.labels_per_class", "data.label_seed", "data.validation",  # the data fingerprint covers them
     "train.steps", "train.baseline_steps", "train.log_every", "train.evaluate_every",
     "train.sample_every", "train.world_size", "train.accumulation", "train.replica_check_every",
-    "train.deepspeed",
+    "train.deepspeed", "train.timeout",
     "checkpoint.every", "checkpoint.keep", "tracking.wandb", "tracking.project",
 }  # fmt: skip
 

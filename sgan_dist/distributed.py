@@ -13,13 +13,14 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sgan_dist.errors import UserError
+from sgan_dist.errors import Outage, UserError
 
 T = TypeVar("T")
 
@@ -147,11 +148,11 @@ def _host_group() -> Any:
     return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
-def agree(error: str | None = None, *flags: bool) -> list[bool]:
+def agree(error: UserError | None = None, *flags: bool) -> list[bool]:
     """Makes one rank's trouble everyone's, at a point that all ranks reach.
 
-    Returns for each flag whether any rank raised it. Raises UserError on every rank when any rank
-    brings an error, with the lowest rank's message.
+    Returns for each flag whether any rank raised it. Where any rank brings an error, the lowest
+    rank's is raised on all.
     """
     failed, raised = error is not None, list(flags)
     if world_size() > 1:
@@ -159,21 +160,21 @@ def agree(error: str | None = None, *flags: bool) -> list[bool]:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_host_group())
         failed, *raised = (bool(flag) for flag in tensor.tolist())
     if failed:
-        raise UserError(next(message for message in gather_objects(error) if message is not None))
+        raise next(found for found in gather_objects(error) if found is not None)
     return raised
 
 
 def together(work: Callable[[], T]) -> T:
     """Runs `work` on every rank; a UserError or OSError on any of them is raised on all."""
-    result, message = attempt(work)
-    agree(message)
+    result, error = attempt(work)
+    agree(error)
     return result  # type: ignore[return-value]
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
     """Runs `work` on rank 0 alone, and returns its (picklable) result, or raises its error, on all."""
-    result, message = attempt(work) if rank() == 0 else (None, None)
-    agree(message)
+    result, error = attempt(work) if rank() == 0 else (None, None)
+    agree(error)
     if world_size() > 1:
         box = [result]
         dist.broadcast_object_list(box, src=0, group=_host_group())
@@ -181,13 +182,19 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
-    """The result of `work`, or the message of its UserError or OSError, to `agree` on."""
+def attempt(work: Callable[[], T]) -> tuple[T | None, UserError | None]:
+    """The result of `work`, or its UserError, or an OSError as an Outage, to `agree` on."""
     try:
         return work(), None
     except UserError as error:
-        return None, str(error)
+        return None, error
     except OSError as error:
-        return None, f"{error.strerror or error}: {error.filename}" if error.filename else str(
-            error
-        )
+        where = f": {error.filename}" if error.filename else ""
+        return None, Outage(f"{error.strerror or error}{where}")
+
+
+def limit_waits(seconds: float) -> None:
+    """How long, from now on, a collective waits for the other ranks before it fails on this one."""
+    if dist.is_initialized():
+        for group in {None, _host_group()}:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

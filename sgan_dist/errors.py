@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class Outage(UserError):
+    """Storage or a network that may be back later: the same command is worth another try."""
+
+
 class NonFiniteLoss(UserError):
     """A loss or a gradient became NaN or infinite; raised before the optimizer step, on every rank."""
 

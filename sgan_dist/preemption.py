@@ -1,4 +1,5 @@
-"""Being told to stop: TERM, Ctrl-C, a file named STOP in the run directory, a launcher's death.
+"""Being told to stop: TERM, Ctrl-C, a file named STOP in the run directory, a launcher's death, and
+what a batch system says: the file that $SGAN_PREEMPTED names, the end of the job's time.
 
 Imports nothing heavy: scripts install the handlers before torch is loaded.
 """
@@ -7,8 +8,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
+
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
+SPARE = (
+    30.0  # seconds of a job's time kept for the way from the last step to the end of the process
+)
 
 _received: int | None = None
 _stop_file: Path | None = None
@@ -16,6 +23,9 @@ _stop_file: Path | None = None
 _MARKS = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "CROSS_RANK"}
 _launched = _MARKS & os.environ.keys()
 _launcher: int | None = os.getppid() if _launched else None
+_notice = os.environ.get("SGAN_PREEMPTED")  # a file that a batch script makes
+_end_time = float(os.environ.get("SLURM_JOB_END_TIME") or "inf")  # seconds since the epoch
+_save_seconds = 0.0
 
 
 def catch_signals() -> None:
@@ -38,17 +48,42 @@ def watch(run: Path) -> None:
     _stop_file = run / "STOP"
 
 
+def reckon_with(save_seconds: float) -> None:
+    """A job's time is over when SPARE and twice the time of a save, the slowest so far, are left."""
+    global _save_seconds
+    _save_seconds = save_seconds
+
+
 def stop_requested() -> bool:
     """Whether this process was told to stop, or is the orphan of a launcher that was killed."""
     return (
         _received is not None
-        or (_stop_file is not None and _stop_file.exists())
+        or stopped_by_hand()
         or (_launcher is not None and os.getppid() != _launcher)
+        or (_notice is not None and os.path.exists(_notice))  # noqa: PTH110 - every step
+        or time.time() > _end_time - SPARE - 2 * _save_seconds
     )
 
 
-def exit_code() -> int:
-    """The code of a run that saved and stopped: 128 + signal, 0 for a STOP file (which is used up)."""
-    if _stop_file is not None:
+def stopped_by_hand() -> bool:
+    """Whether there is a file named STOP: the run is to end, and not to be started again."""
+    return _stop_file is not None and _stop_file.exists()
+
+
+def settle(by_hand: bool) -> None:
+    """Leaves for the batch script that the run wants to go on, or, stopped by hand, does not."""
+    if by_hand and _stop_file is not None:
         _stop_file.unlink(missing_ok=True)
-    return 0 if _received is None else 128 + _received
+    if _notice is not None:
+        Path(_notice).unlink(missing_ok=True) if by_hand else Path(_notice).touch()
+
+
+def exit_code(by_hand: bool) -> int:
+    """Of a run that saved and stopped: 128 + signal, or TRY_AGAIN without one.
+
+    0 where it was stopped by hand, and where a batch script is told by its file: launchers make a
+    page of alarm of any other code, and end the other nodes' processes.
+    """
+    if by_hand or _notice is not None:
+        return 0
+    return TRY_AGAIN if _received is None else 128 + _received

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import os
 import platform
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -48,6 +50,22 @@ def claim(config: Config) -> None:
         raise UserError(
             f"can't write to the run directory {run} ({error.strerror}): give another --run_dir"
         ) from error
+
+
+def note_start(run: Path, step: int, environment: dict[str, Any]) -> int:
+    """Adds a line to starts.jsonl; returns how often the run was started before.
+
+    `environment` is what this start runs on, for who reads the file.
+    """
+    path = run / "starts.jsonl"
+    before = len(path.read_text().splitlines()) if path.exists() else 0
+    line = {"step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S %z"), **environment}
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is not None:
+        line |= {"job": job, "nodes": os.environ.get("SLURM_JOB_NODELIST")}
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    return before
 
 
 def mark_failed(run: Path, reason: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import wandb
 from tqdm import tqdm
 
-from sgan_dist.config import Config, meaning
+from sgan_dist.config import Config, load, meaning
 from sgan_dist.errors import UserError
 from sgan_dist.evaluate import Examination
 
@@ -104,6 +104,21 @@ class Tracker:
             self._wandb_failures += 1
             if self._wandb_failures == 1:
                 say(f"W&B failed ({error}); training goes on, metrics.jsonl has everything")
+
+
+def alert(run: Path, title: str, text: str) -> bool:
+    """Sends a W&B alert (a mail or a message, as its user has set) about a run; whether it was sent.
+
+    A run that is offline, or has not come as far as its W&B run, can't send one.
+    """
+    if not (run / "wandb_id").exists():
+        return False
+    tracked = _start_wandb(run, load(run / "config.yaml"))
+    if tracked is None or tracked.offline:
+        return False
+    tracked.alert(title, text)
+    tracked.finish(exit_code=1)
+    return True
 
 
 class Meters:

@@ -27,7 +27,7 @@ from sgan_dist.distributed import (
     on_rank_zero,
     together,
 )
-from sgan_dist.errors import NonFiniteLoss, UserError
+from sgan_dist.errors import NonFiniteLoss, Outage, UserError
 from sgan_dist.evaluate import evaluate, examine, save_grid
 from sgan_dist.export import save_classifier
 from sgan_dist.networks import Networks, build, initialize
@@ -37,18 +37,24 @@ from sgan_dist.players import Backend
 from sgan_dist.report import make_report
 from sgan_dist.step import discriminator_step, generator_step, rate
 from sgan_dist.tracking import Meters, Progress, Tracker, say
+from sgan_dist.watchdog import Watchdog
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
 GRID = 64  # images in a sample grid
 
 
 def main(argv: Sequence[str]) -> int:
-    """launch/train.py: 0 when done, 2 for an error that the user can mend, 128 + signal if stopped."""
+    """launch/train.py: 0 when done, 2 for an error that the user can mend, 128 + signal if stopped,
+    75 where the same command is to be tried again."""
     try:
         launcher.adopt_slurm(os.environ)
         argv = launcher.without_local_rank(argv, os.environ)
         config, dry_run = parse(argv, DEFAULT_CONFIG)
         return fit(check(config), dry_run)
+    except Outage as error:
+        if is_rank_zero():
+            say(f"error: {error}")
+        return preemption.TRY_AGAIN
     except UserError as error:
         if is_rank_zero():
             say(f"error: {error}")
@@ -86,12 +92,16 @@ def fit(config: Config, dry_run: bool = False) -> int:
         _refuse_other_run(config, index)
         build(config, index.image_shape, len(index.class_names), backend)
         return 0
-    preemption.watch(config.directory)
     summary = _run(config, index, backend)
-    if summary is not None and backend.rank == 0:
-        say(rundir.results(config.directory, summary))
+    if summary is not None:
+        if backend.rank == 0:
+            say(rundir.results(config.directory, summary))
+        backend.close()
+        return 0
+    (by_hand,) = agree(None, preemption.stopped_by_hand())
+    on_rank_zero(lambda: preemption.settle(by_hand))
     backend.close()
-    return 0 if summary is not None else preemption.exit_code()
+    return preemption.exit_code(by_hand)
 
 
 def _run(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, Any] | None:
@@ -107,6 +117,7 @@ def _run(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, Any
             )
         return done
     on_rank_zero(lambda: rundir.claim(config))
+    preemption.watch(run)
     summary = _train(config, index, backend)
     if summary is None:
         return None
@@ -139,6 +150,10 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
         initialize(networks, first, backend)
         batches = itertools.chain([first], batches)
     tracker = together(lambda: Tracker(run, config, step, active=zero))
+    here = rundir.environment(backend)
+    restarts = on_rank_zero(lambda: rundir.note_start(run, step, here))
+    watchdog = Watchdog(train.timeout)
+    preemption.reckon_with(restored["save_seconds"])
     progress = Progress(step, train.steps, active=zero)
     batch_images = config.data.labeled_batch + config.data.unlabeled_batch
     began, busy, waited, saved = time.monotonic(), 0.0, 0.0, step
@@ -153,11 +168,14 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
             say(f"ALARM at step {step}: {line['alarm']}")
 
     def save() -> None:
+        clock = time.monotonic()
         extra = {"meters": meters.state, "seconds": seconds()}
-        extra |= {name: restored[name] for name in ("alarms", "skipped")}
+        extra |= {name: restored[name] for name in ("alarms", "skipped", "save_seconds")}
         state = networks.state() | extra
-        about = _about(config, index) | {"environment": rundir.environment(backend)}
+        about = _about(config, index) | {"environment": here}
         on_rank_zero(lambda: checkpoint.save(run, step, state, about, config.checkpoint.keep))
+        restored["save_seconds"] = max(restored["save_seconds"], time.monotonic() - clock)
+        preemption.reckon_with(restored["save_seconds"])
 
     def sample() -> dict[str, float]:
         return on_rank_zero(lambda: _sample(networks, step, config, backend, tracker))
@@ -196,6 +214,7 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
             line |= meters.take() | {"lr": config.optim.lr * rate(step - 1, config)}
             if restored["skipped"]:
                 line["data/skipped"] = sum(restored["skipped"].values())
+            line["time/restarts"] = restarts
             line["time/images_per_s"] = train.log_every * batch_images / busy
             line["time/data_wait"] = waited / busy
             busy = waited = 0.0
@@ -208,13 +227,15 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
         if step % config.checkpoint.every == 0:
             save()
             saved = step
+        watchdog.step_done(step)
 
+    watchdog.close()
     progress.close()
     loader.close()
     if step != saved:
         save()
     if step < train.steps:
-        tracker.close()
+        together(tracker.close)  # a launcher ends all ranks when the first one is gone
         if zero:
             say(f"stopped after {step} of {train.steps} steps; the same command goes on from there")
         return None
@@ -228,6 +249,8 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
         "images_seen": step * batch_images,
         "skipped_images": sum(restored["skipped"].values()),
         "wall_seconds": seconds(),
+        "restarts": restarts,
+        "labels": index.split("labeled").samples,
         "world_size": backend.world_size,
         "seed": config.seed,
         "label_seed": index.label_seed,
@@ -260,7 +283,8 @@ def _restore(
         for line in passed_over:
             say(line)
     if path is None:
-        return {"step": 0, "meters": {}, "alarms": {}, "skipped": {}, "seconds": 0.0}
+        new = {"step": 0, "seconds": 0.0, "save_seconds": 0.0}
+        return new | {name: {} for name in ("meters", "alarms", "skipped")}
     state = together(lambda: checkpoint.read_state(path))
     try:
         networks.load(state)
@@ -281,8 +305,8 @@ def _restore(
             if meta["environment"][name] != now:
                 before = meta["environment"][name]
                 say(f"{name} was {before} and is now {now}: last bits may differ")
-    kept = {name: state[name] for name in ("meters", "alarms", "skipped", "seconds")}
-    return {"step": meta["step"], **kept}
+    kept = ("meters", "alarms", "skipped", "seconds", "save_seconds")
+    return {"step": meta["step"]} | {name: state[name] for name in kept}
 
 
 def _errors(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,3 +31,20 @@ class WithUnusedParameter(WithBatchNorm):
     def __init__(self, image_shape: tuple[int, int, int], outputs: int) -> None:
         super().__init__(image_shape, outputs)
         self.forgotten = nn.Linear(3, 3)
+
+
+class HangsOnRankOne(WithBatchNorm):
+    """As a rank does whose file system is gone: in its 30th forward it waits for nothing."""
+
+    forwards = 0
+
+    def forward(self, images: Tensor, draw: Draw | None = None) -> DiscriminatorOutput:
+        HangsOnRankOne.forwards += 1
+        if HangsOnRankOne.forwards == 30 and os.environ.get("RANK") == "1":
+            wait_for_nothing()
+        return super().forward(images, draw)
+
+
+def wait_for_nothing() -> None:
+    while True:
+        time.sleep(1)

@@ -14,6 +14,7 @@ class WandbServer:
     def __init__(self) -> None:
         self.run_ids: list[str] = []
         self.history: list[dict[str, Any]] = []
+        self.alerts: list[tuple[str, str, str]] = []  # run id, title, text
         self.broken = False  # answers 500 to everything
         outer = self
 
@@ -71,6 +72,9 @@ class WandbServer:
             files = [{"name": name, "uploadUrl": f"{self.url}/up"} for name in variables["files"]]
             made = {"runID": "x", "uploadHeaders": [], "files": files}
             return {"createRunFiles": made}
+        if "NotifyScriptableRunAlert" in query:
+            self.alerts.append((variables["runName"], variables["title"], variables["text"]))
+            return {"notifyScriptableRunAlert": {"success": True}}
         if "Viewer" in query:
             return {"viewer": {"id": "me", "entity": "me", "username": "me", "flags": "{}"}}
         return {}

@@ -40,7 +40,7 @@ class LaneParts(IterableDataset[Any]):
     """A rank's lanes of the windowed splits: for every step, from `start_step` on, its parts.
 
     In a worker: messages of several steps of the worker's share of the lanes, as one uint8 array
-    each (see `views`) beside each step's newly met skips; a UserError comes as its text, since
+    each (see `views`) beside each step's newly met skips; a UserError comes as an item, since
     torch would wrap it in a traceback.
     """
 
@@ -71,7 +71,7 @@ class LaneParts(IterableDataset[Any]):
             yield from self._messages(worker.id, worker.num_workers)
         except UserError as error:
             while True:  # whenever it is looked at: a worker that ends is taken for one that died
-                yield str(error)
+                yield error
 
     def views(
         self, message: NDArray[np.uint8], worker: int, workers: int

@@ -217,8 +217,8 @@ class SemiSupervisedLoader:
                     connection.wait([process.sentinel for process in processes], timeout=1)
                     check_alive(processes)
                     raise
-                if isinstance(message, str):
-                    raise UserError(message)
+                if isinstance(message, UserError):
+                    raise message
                 array, skips = message
                 messages.append((dataset.views(array.numpy(), worker, workers), skips))
             for number in range(dataset.message_steps):

@@ -36,7 +36,7 @@ from urllib.parse import quote, urlsplit
 from sgan_dist.data.locations import PREFIXES, shown
 from sgan_dist.data.locations import is_remote as is_remote
 from sgan_dist.data.locations import join as join
-from sgan_dist.errors import UserError
+from sgan_dist.errors import Outage, UserError
 
 BACKOFF_SECONDS = 1.0  # at most, before the second attempt; doubled before every further one
 LONGEST_WAIT_SECONDS = 60.0
@@ -145,7 +145,7 @@ def fetch(
             f"the shard's bytes no longer match the index: {shown(location)} has {why} "
             f"({transport.tries} tries): put back the file that was indexed, or index it again"
         )
-    raise UserError(
+    raise Outage(
         f"cannot download {shown(location)} ({why}, {transport.tries} tries): check the network "
         "and what serves it"
     )

@@ -317,7 +317,8 @@ def test_a_full_disk_is_explained_and_the_last_checkpoint_kept(
     try:
         arguments = command(digits, small / "run", "--train.steps=100", "--checkpoint.keep=100")
         code, output = run("python", *arguments)
-        assert code == 2 and "free some space" in output, output
+        assert code == 75 and "free some space" in output, output
+        assert not (small / "run" / "FAILED").exists()  # a batch system is to try again
         kept = sorted((small / "run" / "checkpoints").glob("step-*"))
         assert kept
         for path in kept[1:]:

@@ -49,6 +49,18 @@ def test_one_run_over_resumes(digits: Path, tmp_path: Path, server: WandbServer)
     assert any("samples" in line for line in server.history)
 
 
+def test_an_alert_reaches_the_run(digits: Path, tmp_path: Path, server: WandbServer) -> None:
+    arguments = command(digits, tmp_path / "run", "--train.steps=20")
+    assert run("python", *arguments, **online(server))[0] == 0
+    alert = ("python", "launch/alert.py", str(tmp_path / "run"), "two requeues made no checkpoint")
+    code, output = run(*alert, **online(server))
+    assert code == 0 and "ALERT" in output and "not sent" not in output, output
+    run_id = (tmp_path / "run" / "wandb_id").read_text()
+    assert server.alerts == [(run_id, "run has stopped", "two requeues made no checkpoint")]
+    code, output = run(*alert, WANDB_MODE="offline")
+    assert code == 0 and "not sent" in output, output
+
+
 @pytest.mark.slow
 def test_an_outage_does_not_stop_training(
     digits: Path, tmp_path: Path, server: WandbServer

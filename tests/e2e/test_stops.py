@@ -1,0 +1,103 @@
+"""Runs that a batch system ends, and runs that hang: what they leave, and how they go on."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from sgan_dist import checkpoint
+from tests.e2e.test_train import TWO_RANKS, command, wait_for_step
+from tests.ranks import REPOSITORY, launch, run
+
+HANGS = ("--model.discriminator=tests.own_models:HangsOnRankOne", "--model.discriminator_args={}")
+
+
+def test_stacks_of_all_ranks_are_shown_and_a_hang_ends(digits: Path, tmp_path: Path) -> None:
+    arguments = command(digits, tmp_path, *HANGS, "--train.timeout=5")
+    code, output = run(*TWO_RANKS, *arguments, PYTHONPATH=".", ACCELERATE_USE_CPU="true")
+    assert code != 0
+    for rank in (0, 1):
+        assert len(re.findall(f"rank {rank} hangs: 5 s without a step since step", output)) == 1
+    assert "in wait_for_nothing" in output  # where rank 1 is
+    assert "in agree" in output or "all_reduce" in output  # and rank 0, which waits for it
+    assert not (tmp_path / "FAILED").exists()
+
+
+def test_a_suspended_rank_ends_the_run_too(digits: Path, tmp_path: Path) -> None:
+    arguments = command(digits, tmp_path, "--train.timeout=4", "--train.steps=100000")
+    stops_soon = {"ACCELERATE_USE_CPU": "true", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
+    process = launch(*TWO_RANKS, *arguments, **stops_soon)
+    wait_for_step(process, tmp_path, 20)
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if child.environ().get("RANK") == "1" and "launch/train.py" in child.cmdline()
+    ]
+    workers[0].send_signal(signal.SIGSTOP)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode != 0 and "rank 0 hangs" in output and "rank 1 hangs" not in output
+    assert not workers[0].is_running()
+
+
+def test_a_run_ends_before_its_job_does_and_goes_on(digits: Path, tmp_path: Path) -> None:
+    arguments = command(digits, tmp_path, "--checkpoint.every=100000", "--optim.decay=0")
+    ends = time.time() + 50
+    code, output = run("python", *arguments, "--train.steps=100000", SLURM_JOB_END_TIME=str(ends))
+    assert code == 75 and time.time() < ends, output
+    path, _ = checkpoint.latest(tmp_path)
+    assert path is not None
+    step = checkpoint.read_meta(path)["step"]
+    assert step > 0 and f"stopped after {step} of" in output
+    # 10 steps of another job, without a time limit
+    code, output = run("python", *arguments, f"--train.steps={step + 10}")
+    assert code == 0 and f"resuming after step {step}" in output, output
+    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, step]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["restarts"] == 1 and summary["step"] == step + 10
+
+
+def test_slow_saves_begin_early() -> None:
+    program = """
+from sgan_dist import preemption
+for save_seconds in (0, 20, 60):
+    preemption.reckon_with(save_seconds)
+    print(preemption.stop_requested())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"SLURM_JOB_END_TIME": str(time.time() + 130)},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["False", "False", "True"], done.stderr
+
+
+def test_a_batch_scripts_file_stops_a_run_without_alarm(digits: Path, tmp_path: Path) -> None:
+    notice = tmp_path / "notice"
+    arguments = command(digits, tmp_path / "run")
+    process = launch("accelerate", "launch", *arguments, SGAN_PREEMPTED=str(notice))
+    wait_for_step(process, tmp_path / "run", 20)
+    notice.touch()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "the same command goes on" in output, output
+    assert notice.exists() and not (tmp_path / "run" / "DONE").exists()
+    notice.unlink()
+    code, output = run("accelerate", "launch", *arguments, SGAN_PREEMPTED=str(notice))
+    assert code == 0 and "resuming after step" in output and not notice.exists()
+    assert (tmp_path / "run" / "DONE").exists()
+
+
+def test_a_batch_script_hears_of_the_end_of_time(digits: Path, tmp_path: Path) -> None:
+    notice = tmp_path / "notice"
+    told = {"SGAN_PREEMPTED": str(notice), "SLURM_JOB_END_TIME": str(time.time())}
+    code, output = run("python", *command(digits, tmp_path / "run"), **told)
+    assert code == 0 and "stopped after 0 of" in output and notice.exists()
