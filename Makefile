@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch launch/train.py
 
-.PHONY: train mnist test test-all clean
+.PHONY: train mnist test test-all test-slurm clean
 
 train: $(VENV)/.train
 	$(LAUNCH) --config configs/digits.yaml
@@ -23,10 +23,14 @@ test: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not slurm"
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
+# Jobs on a two-node cluster that is started here; needs root and, on Debian, what .ci/slurm installs.
+test-slurm: $(VENV)/.dev
+	$(BIN)/python -m pytest -rs -m slurm tests/slurm
 
 # An installed environment is stamped by the extras it holds, and made again when its list changes.
 $(VENV)/.train: pyproject.toml constraints.txt
