@@ -37,6 +37,9 @@ ROWS = 30
 RATES = {"d/fakes_detected": "fakes detected", "d/train_error": "error on labeled batches"}
 ERRORS = {"validation_error": "averaged D", "validation_error_raw": "without averaging"}
 PLAYERS = {"d": "Discriminator's", "g": "Generator's"}
+STARTS = {
+    "time": "at", "world_size": "processes", "device": "on", "job": "SLURM job", "nodes": "nodes",
+}  # fmt: skip
 NORMS = {"d/gradient_norm": "discriminator", "g/gradient_norm": "generator"}
 
 
@@ -54,7 +57,7 @@ def make_report(run: Path, root: str | None = None) -> Path:
     """
     config = load(run / "config.yaml")
     summary = json.loads((run / "summary.json").read_text()) if (run / "DONE").exists() else {}
-    lines = _metrics(run)
+    lines = _lines(run / "metrics.jsonl")
     step = max(line["step"] for line in [summary or {"step": 0}, *lines])
     try:
         data = dataclasses.replace(config.data, root=root or config.data.root)
@@ -66,6 +69,7 @@ def make_report(run: Path, root: str | None = None) -> Path:
     body = [
         _header(run, config, summary, step, figures),
         section("Alarms", _alarms(lines)),
+        section("Starts", _starts(run)),
         section("Curves", _curves(run, lines, step)),
         section("Samples over time", _samples(run, config)),
         judged,
@@ -142,9 +146,8 @@ def _averaged(path: Path, config: Config, index: DatasetIndex) -> tuple[nn.Modul
     return network, meta
 
 
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, but for one that is being written."""
-    path = run / "metrics.jsonl"
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, but for one that is being written."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
@@ -207,6 +210,15 @@ def _alarms(lines: list[dict[str, Any]]) -> str:
     return table(["step", "alarm"], rows) + more
 
 
+def _starts(run: Path) -> str:
+    """When and on what the run was started, and started again."""
+    rows = [
+        [f"{line['step']:,}", *(escape(str(line.get(key, ""))) for key in STARTS)]
+        for line in _lines(run / "starts.jsonl")
+    ]
+    return table(["from step", *STARTS.values()], rows) if rows else note("Not told.")
+
+
 def _curves(run: Path, lines: list[dict[str, Any]], step: int) -> str:
     """One chart for each kind of metric that there is."""
     losses_of = {f"{who} losses": dict[str, str]() for who in PLAYERS.values()}
@@ -216,7 +228,8 @@ def _curves(run: Path, lines: list[dict[str, Any]], step: int) -> str:
             title = f"{PLAYERS[path[0]]} {'/'.join(path[1:]) or 'losses'}"
             losses_of.setdefault(title, {})[key] = name
     errors = _series(lines, ERRORS, 100)
-    errors += _series(_metrics(run / "supervised"), {"validation_error": "supervised only"}, 100)
+    alone = _lines(run / "supervised" / "metrics.jsonl")
+    errors += _series(alone, {"validation_error": "supervised only"}, 100)
     drawn = [
         *((title, _series(lines, names), "", True) for title, names in losses_of.items()),
         ("Validation error", errors, "%", True),

@@ -24,7 +24,14 @@ from sgan_dist.trainer import fit
 from tests.conftest import small_config
 from tests.ranks import run_ranks
 
-SECTIONS = ["Alarms", "Curves", "Samples over time", "Confusion", "Most confident mistakes"]
+SECTIONS = [
+    "Alarms",
+    "Starts",
+    "Curves",
+    "Samples over time",
+    "Confusion",
+    "Most confident mistakes",
+]
 SECTIONS += ["Calibration", "Figures", "Config"]
 OFTEN = ["--train.evaluate_every=5", "--train.sample_every=2", "--checkpoint.every=10"]
 
@@ -102,6 +109,7 @@ def test_a_finished_run_is_shown_whole(finished: Path) -> None:
     assert summary["weights_sha256"] in page.text
     assert "half_life: 50000.0" in page.text
     assert "No alarms." in page.text
+    assert re.search(r"<td>0</td><td>\d{4}-\d\d-\d\d [^<]*</td><td>1</td><td>cpu</td>", page.source)
     steps = re.findall(r"step (\d+)</figcaption>", page.source)
     assert steps == ["2", "6", "10", "12", "16", "20"]
     assert len(re.findall(r" taken for \d, [\d.]+ %</figcaption>", page.source)) == MISTAKES
