@@ -3,10 +3,13 @@
 import sys
 from pathlib import Path
 
+from sgan_dist.rundir import in_use
 from sgan_dist.tracking import alert, say
 
 if __name__ == "__main__":
     run, reason = Path(sys.argv[1]), sys.argv[2]
     say(f"ALERT: {run}: {reason}")
-    if not alert(run, f"{run.name} has stopped", reason):
+    if in_use(run):
+        say("(not sent to W&B: another job trains in this run directory)")
+    elif not alert(run, f"{run.name} has stopped", reason):
         say("(not sent to W&B, where this run is offline or off)")

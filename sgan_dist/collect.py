@@ -100,7 +100,8 @@ def find(places: Sequence[Path]) -> list[Path]:
 def _runs_in(place: Path) -> Iterator[Path]:
     for folder, inner, files in os.walk(place):
         inner.sort()
-        if "config.yaml" in files or "FAILED" in files:
+        refused = "FAILED" in files and not any(Path(folder).rglob("config.yaml"))
+        if "config.yaml" in files or refused:
             inner.clear()  # its baseline, and W&B's copies of configs, are not runs of their own
             yield Path(folder)
 

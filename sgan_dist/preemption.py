@@ -1,5 +1,6 @@
 """Being told to stop: TERM, Ctrl-C, a file named STOP in the run directory, a launcher's death, and
-what a batch system says: the file that $SGAN_PREEMPTED names, the end of the job's time.
+what a batch system says: the file that $SGAN_PREEMPTED names, the end of the job's time. And telling
+a batch script how the run ended.
 
 Imports nothing heavy: scripts install the handlers before torch is loaded.
 """
@@ -54,15 +55,19 @@ def reckon_with(save_seconds: float) -> None:
     _save_seconds = save_seconds
 
 
-def stop_requested() -> bool:
-    """Whether this process was told to stop, or is the orphan of a launcher that was killed."""
-    return (
-        _received is not None
-        or stopped_by_hand()
-        or (_launcher is not None and os.getppid() != _launcher)
-        or (_notice is not None and os.path.exists(_notice))  # noqa: PTH110 - every step
-        or time.time() > _end_time - SPARE - 2 * _save_seconds
-    )
+def stop_requested() -> str | None:
+    """Why this process is to stop; None while it isn't."""
+    if _received is not None:
+        return f"signal {_received}"
+    if stopped_by_hand():
+        return "a file STOP"
+    if _launcher is not None and os.getppid() != _launcher:
+        return "the launcher's death"
+    if _notice is not None and os.path.exists(_notice):  # noqa: PTH110 - every step
+        return "the batch system"
+    if time.time() > _end_time - SPARE - 2 * _save_seconds:
+        return "the end of the job's time"
+    return None
 
 
 def stopped_by_hand() -> bool:
@@ -70,20 +75,24 @@ def stopped_by_hand() -> bool:
     return _stop_file is not None and _stop_file.exists()
 
 
-def settle(by_hand: bool) -> None:
-    """Leaves for the batch script that the run wants to go on, or, stopped by hand, does not."""
-    if by_hand and _stop_file is not None:
+def forget_stop() -> None:
+    """Takes the file named STOP away: it was obeyed, or came too late."""
+    if _stop_file is not None:
         _stop_file.unlink(missing_ok=True)
-    if _notice is not None:
-        Path(_notice).unlink(missing_ok=True) if by_hand else Path(_notice).touch()
+
+
+def tell(outcome: str) -> None:
+    """Tells a batch script how the run ended, in the file that it has named in $SGAN_OUTCOME."""
+    if "SGAN_OUTCOME" in os.environ:
+        Path(os.environ["SGAN_OUTCOME"]).write_text(outcome + "\n")
 
 
 def exit_code(by_hand: bool) -> int:
     """Of a run that saved and stopped: 128 + signal, or TRY_AGAIN without one.
 
-    0 where it was stopped by hand, and where a batch script is told by its file: launchers make a
-    page of alarm of any other code, and end the other nodes' processes.
+    0 where it was stopped by hand, and where a batch script is told by `tell`: launchers make a page
+    of alarm of any other code, and end the other nodes' processes.
     """
-    if by_hand or _notice is not None:
+    if by_hand or "SGAN_OUTCOME" in os.environ:
         return 0
     return TRY_AGAIN if _received is None else 128 + _received

@@ -41,7 +41,6 @@ def claim(config: Config) -> None:
         data = dataclasses.replace(config.data, root=str(root))
         save(dataclasses.replace(config, data=data), run / "config.yaml")
         (run / "FAILED").unlink(missing_ok=True)
-        (run / "STOP").unlink(missing_ok=True)
     except BlockingIOError as error:
         raise UserError(
             f"another process is training in {run}: wait for it, or give another --run_dir"
@@ -71,7 +70,7 @@ def note_start(run: Path, step: int, environment: dict[str, Any]) -> int:
 def mark_failed(run: Path, reason: str) -> None:
     """Leaves FAILED with the reason, unless the directory is of a run that is done or goes on."""
     try:
-        if (run / "DONE").exists() or _locked_by_another(run):
+        if (run / "DONE").exists() or in_use(run):
             return
         run.mkdir(parents=True, exist_ok=True)
         (run / "FAILED").write_text(reason + "\n")
@@ -79,7 +78,8 @@ def mark_failed(run: Path, reason: str) -> None:
         print(f"can't leave {run / 'FAILED'}: {error.strerror}")
 
 
-def _locked_by_another(run: Path) -> bool:
+def in_use(run: Path) -> bool:
+    """Whether another process trains in a run directory."""
     if _locks or not (run / ".lock").exists():
         return False
     with open(run / ".lock", "w") as lock:

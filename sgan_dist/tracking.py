@@ -114,7 +114,7 @@ def alert(run: Path, title: str, text: str) -> bool:
     if not (run / "wandb_id").exists():
         return False
     tracked = _start_wandb(run, load(run / "config.yaml"))
-    if tracked is None or tracked.offline:
+    if tracked is None or tracked.offline or tracked.disabled:
         return False
     tracked.alert(title, text)
     tracked.finish(exit_code=1)

@@ -54,10 +54,12 @@ def main(argv: Sequence[str]) -> int:
     except Outage as error:
         if is_rank_zero():
             say(f"error: {error}")
+            preemption.tell("try again")
         return preemption.TRY_AGAIN
     except UserError as error:
         if is_rank_zero():
             say(f"error: {error}")
+            preemption.tell(f"failed: {error}")
             run = run_directory(argv, DEFAULT_CONFIG)
             if run is not None and "--dry_run" not in argv:
                 rundir.mark_failed(run, str(error))
@@ -92,16 +94,16 @@ def fit(config: Config, dry_run: bool = False) -> int:
         _refuse_other_run(config, index)
         build(config, index.image_shape, len(index.class_names), backend)
         return 0
+    preemption.watch(config.directory)
     summary = _run(config, index, backend)
-    if summary is not None:
-        if backend.rank == 0:
-            say(rundir.results(config.directory, summary))
-        backend.close()
-        return 0
     (by_hand,) = agree(None, preemption.stopped_by_hand())
-    on_rank_zero(lambda: preemption.settle(by_hand))
+    if backend.rank == 0:
+        if summary is not None:
+            say(rundir.results(config.directory, summary))
+        preemption.tell("done" if summary is not None else "stopped" if by_hand else "preempted")
+        preemption.forget_stop()
     backend.close()
-    return preemption.exit_code(by_hand)
+    return 0 if summary is not None else preemption.exit_code(by_hand)
 
 
 def _run(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, Any] | None:
@@ -117,7 +119,6 @@ def _run(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, Any
             )
         return done
     on_rank_zero(lambda: rundir.claim(config))
-    preemption.watch(run)
     summary = _train(config, index, backend)
     if summary is None:
         return None
@@ -152,7 +153,6 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
     tracker = together(lambda: Tracker(run, config, step, active=zero))
     here = rundir.environment(backend)
     restarts = on_rank_zero(lambda: rundir.note_start(run, step, here))
-    watchdog = Watchdog(train.timeout)
     preemption.reckon_with(restored["save_seconds"])
     progress = Progress(step, train.steps, active=zero)
     batch_images = config.data.labeled_batch + config.data.unlabeled_batch
@@ -183,61 +183,63 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
     def seconds() -> float:
         return restored["seconds"] + time.monotonic() - began  # type: ignore[no-any-return]
 
-    while step < train.steps:
-        clock = time.monotonic()
-        batch, problem = attempt(lambda: next(batches))
-        waited += time.monotonic() - clock
-        met = batch.skips if batch is not None else ()
-        stop, damage = agree(problem, preemption.stop_requested(), bool(met))
-        if damage:
-            _count_skips(met, restored["skipped"], config, zero)
-        if stop:
-            break
-        assert batch is not None  # agree raised otherwise
-        try:
-            metrics = discriminator_step(networks, batch, config, backend)
-            if networks.generator is not None:
-                metrics |= generator_step(networks, batch, config, backend)
-        except NonFiniteLoss:
-            _keep_sample_ids(run, batch)
-            raise
-        step += 1
-        networks.update_average(step * batch_images, batch_images, config.ema)
-        meters.add(metrics)
-        progress.step()
-        busy += time.monotonic() - clock
+    with Watchdog(train.timeout) as watchdog:
+        while step < train.steps:
+            clock = time.monotonic()
+            batch, problem = attempt(lambda: next(batches))
+            waited += time.monotonic() - clock
+            met = batch.skips if batch is not None else ()
+            reason = preemption.stop_requested()
+            stop, damage = agree(problem, reason is not None, bool(met))
+            if damage:
+                _count_skips(met, restored["skipped"], config, zero)
+            if stop:
+                break
+            assert batch is not None  # agree raised otherwise
+            try:
+                metrics = discriminator_step(networks, batch, config, backend)
+                if networks.generator is not None:
+                    metrics |= generator_step(networks, batch, config, backend)
+            except NonFiniteLoss:
+                _keep_sample_ids(run, batch)
+                raise
+            step += 1
+            networks.update_average(step * batch_images, batch_images, config.ema)
+            meters.add(metrics)
+            progress.step()
+            busy += time.monotonic() - clock
 
-        if train.replica_check_every and step % train.replica_check_every == 0:
-            networks.check_replicas(step)
-        line: dict[str, Any] = {}
-        if step % train.log_every == 0:
-            line |= meters.take() | {"lr": config.optim.lr * rate(step - 1, config)}
-            if restored["skipped"]:
-                line["data/skipped"] = sum(restored["skipped"].values())
-            line["time/restarts"] = restarts
-            line["time/images_per_s"] = train.log_every * batch_images / busy
-            line["time/data_wait"] = waited / busy
-            busy = waited = 0.0
-        if train.evaluate_every and step % train.evaluate_every == 0:
-            line |= _errors(networks, config, index, "validation", backend)
-        if train.sample_every and step % train.sample_every == 0:
-            line |= sample()
-        if line:
-            report(line)
-        if step % config.checkpoint.every == 0:
-            save()
-            saved = step
-        watchdog.step_done(step)
+            if train.replica_check_every and step % train.replica_check_every == 0:
+                networks.check_replicas(step)
+            line: dict[str, Any] = {}
+            if step % train.log_every == 0:
+                line |= meters.take() | {"lr": config.optim.lr * rate(step - 1, config)}
+                if restored["skipped"]:
+                    line["data/skipped"] = sum(restored["skipped"].values())
+                line["time/restarts"] = restarts
+                line["time/images_per_s"] = train.log_every * batch_images / busy
+                line["time/data_wait"] = waited / busy
+                busy = waited = 0.0
+            if train.evaluate_every and step % train.evaluate_every == 0:
+                line |= _errors(networks, config, index, "validation", backend)
+            if train.sample_every and step % train.sample_every == 0:
+                line |= sample()
+            if line:
+                report(line)
+            if step % config.checkpoint.every == 0:
+                save()
+                saved = step
+            watchdog.step_done(step)
 
-    watchdog.close()
     progress.close()
     loader.close()
     if step != saved:
         save()
     if step < train.steps:
         together(tracker.close)  # a launcher ends all ranks when the first one is gone
+        told = next(found for found in gather_objects(reason) if found is not None)
         if zero:
-            say(f"stopped after {step} of {train.steps} steps; the same command goes on from there")
+            say(f"stopped after {step} of {train.steps} steps by {told}; the same command goes on")
         return None
     sample()
     on_rank_zero(lambda: _keep_classifier(networks, config, index, tracker))

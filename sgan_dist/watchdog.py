@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from types import TracebackType
 
 from sgan_dist.distributed import limit_waits, rank
 
@@ -21,7 +22,7 @@ STARTUP = 1800.0  # seconds that a collective may wait outside the loop: torch's
 
 
 class Watchdog:
-    """Watches over a loop, from its first `step_done` to `close`."""
+    """Watches over the loop in its `with` block, from the first `step_done` on."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -29,17 +30,25 @@ class Watchdog:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
+    def __enter__(self) -> Watchdog:
+        return self
+
     def step_done(self, step: int) -> None:
         """The next step, with its evaluation and save, has `seconds` from now on."""
         self._step, self._due = step, time.monotonic() + self._seconds
         if self._thread.ident is None:
             limit_waits(self._seconds + STACKS_FIRST)
-            # dumps the stacks too, should the thread below not come to it, and then ends the process
+            # where the thread below does not come to it, this dumps the stacks before the end
             faulthandler.register(signal.SIGALRM, file=STDERR, chain=True)
             self._thread.start()
         signal.setitimer(signal.ITIMER_REAL, self._seconds + LAST_CHANCE)
 
-    def close(self) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """The loop has ended: what follows may take its time."""
         if self._thread.ident is not None:
             self._closed.set()
@@ -48,13 +57,13 @@ class Watchdog:
             limit_waits(STARTUP)
 
     def _watch(self) -> None:
+        told = 0.0  # a step that was only slow goes on, and the next one is watched as before
         while not self._closed.wait(min(1.0, self._seconds / 10)):
-            if time.monotonic() > self._due:
+            if time.monotonic() > self._due != told:
+                told = self._due
                 said = (
                     f"rank {rank()} hangs: {self._seconds:g} s without a step since step {self._step}"
                     " (train.timeout); its stacks:\n"
                 )
                 os.write(STDERR, said.encode())
                 faulthandler.dump_traceback(STDERR)
-                faulthandler.unregister(signal.SIGALRM)  # once is enough: the signal now only kills
-                return

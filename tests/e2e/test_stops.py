@@ -78,26 +78,80 @@ for save_seconds in (0, 20, 60):
         capture_output=True,
         text=True,
     )
-    assert done.stdout.split() == ["False", "False", "True"], done.stderr
+    assert done.stdout == "None\nNone\nthe end of the job's time\n", done.stderr
 
 
 def test_a_batch_scripts_file_stops_a_run_without_alarm(digits: Path, tmp_path: Path) -> None:
-    notice = tmp_path / "notice"
+    notice, outcome = tmp_path / "notice", tmp_path / "outcome"
+    files = {"SGAN_PREEMPTED": str(notice), "SGAN_OUTCOME": str(outcome)}
     arguments = command(digits, tmp_path / "run")
-    process = launch("accelerate", "launch", *arguments, SGAN_PREEMPTED=str(notice))
+    process = launch("accelerate", "launch", *arguments, **files)
     wait_for_step(process, tmp_path / "run", 20)
     notice.touch()
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "the same command goes on" in output, output
-    assert notice.exists() and not (tmp_path / "run" / "DONE").exists()
+    assert process.returncode == 0 and "by the batch system; the same command goes on" in output
+    assert outcome.read_text() == "preempted\n" and not (tmp_path / "run" / "DONE").exists()
     notice.unlink()
-    code, output = run("accelerate", "launch", *arguments, SGAN_PREEMPTED=str(notice))
-    assert code == 0 and "resuming after step" in output and not notice.exists()
-    assert (tmp_path / "run" / "DONE").exists()
+    code, output = run("accelerate", "launch", *arguments, **files)
+    assert code == 0 and "resuming after step" in output
+    assert outcome.read_text() == "done\n" and (tmp_path / "run" / "DONE").exists()
+    # of a run that is done nothing is spoiled by a wrong start, and the batch script hears of it
+    code, output = run("accelerate", "launch", *arguments, "--optim.lr=1e-9", **files)
+    assert code != 0 and outcome.read_text().startswith("failed: ")
+    assert "optim.lr was 0.002 and is now 1e-09" in outcome.read_text()
+    assert (tmp_path / "run" / "DONE").exists() and not (tmp_path / "run" / "FAILED").exists()
 
 
-def test_a_batch_script_hears_of_the_end_of_time(digits: Path, tmp_path: Path) -> None:
-    notice = tmp_path / "notice"
-    told = {"SGAN_PREEMPTED": str(notice), "SLURM_JOB_END_TIME": str(time.time())}
-    code, output = run("python", *command(digits, tmp_path / "run"), **told)
-    assert code == 0 and "stopped after 0 of" in output and notice.exists()
+def test_stop_counts_before_the_start_and_before_other_reasons(
+    digits: Path, tmp_path: Path
+) -> None:
+    directory, outcome = tmp_path / "run", tmp_path / "outcome"
+    directory.mkdir()
+    (directory / "STOP").touch()
+    told = {"SGAN_OUTCOME": str(outcome), "SLURM_JOB_END_TIME": str(time.time())}
+    code, output = run("python", *command(digits, directory), **told)
+    assert code == 0 and "stopped after 0 of 150 steps by a file STOP" in output
+    assert outcome.read_text() == "stopped\n" and not (directory / "STOP").exists()
+    code, output = run("python", *command(digits, directory), **told)
+    assert code == 0 and "by the end of the job's time" in output
+    assert outcome.read_text() == "preempted\n"
+
+
+def test_stop_is_heeded_in_the_baseline(digits: Path, tmp_path: Path) -> None:
+    arguments = command(digits, tmp_path, "--train.steps=10", "--train.baseline_steps=100000")
+    process = launch("python", *arguments)
+    wait_for_step(process, tmp_path / "supervised", 20)
+    (tmp_path / "STOP").touch()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "of 100000 steps by a file STOP" in output
+    assert not (tmp_path / "STOP").exists() and not (tmp_path / "DONE").exists()
+
+
+def test_a_slow_step_is_told_of_and_survived_and_a_hang_is_still_found() -> None:
+    program = """
+import time
+from sgan_dist.watchdog import Watchdog
+def slow(): time.sleep(3)
+def hangs(): time.sleep(60)
+try:
+    with Watchdog(1) as watchdog:
+        watchdog.step_done(1)
+        raise ValueError
+except ValueError:
+    time.sleep(2)
+with Watchdog(1) as watchdog:
+    watchdog.step_done(2)
+    slow()
+    watchdog.step_done(3)
+time.sleep(2)
+print("here", flush=True)
+with Watchdog(1) as watchdog:
+    watchdog.step_done(4)
+    hangs()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGALRM and done.stdout == "here\n"
+    assert re.findall(r"since step (\d)", done.stderr) == ["2", "4"]
+    assert done.stderr.count("in slow") == 1 and "in hangs" in done.stderr
