@@ -45,6 +45,35 @@ class HangsOnRankOne(WithBatchNorm):
         return super().forward(images, draw)
 
 
+class HangsAtTheFirstStart(WithBatchNorm):
+    """Rank 1 hangs after some steps, unless SLURM has restarted its job."""
+
+    forwards = 0
+
+    def forward(self, images: Tensor, draw: Draw | None = None) -> DiscriminatorOutput:
+        HangsAtTheFirstStart.forwards += 1
+        first = "SLURM_RESTART_COUNT" not in os.environ
+        if first and HangsAtTheFirstStart.forwards == 100 and os.environ.get("RANK") == "1":
+            wait_for_nothing()
+        return super().forward(images, draw)
+
+
+class Crashes(WithBatchNorm):
+    """With an error that no one has foreseen."""
+
+    def forward(self, images: Tensor, draw: Draw | None = None) -> DiscriminatorOutput:
+        raise RuntimeError("no such kernel")
+
+
+class TakesItsTime(WithBatchNorm):
+    """A fifth of a second a step, whatever the machine."""
+
+    def forward(self, images: Tensor, draw: Draw | None = None) -> DiscriminatorOutput:
+        if draw is not None:
+            time.sleep(0.07)
+        return super().forward(images, draw)
+
+
 def wait_for_nothing() -> None:
     while True:
         time.sleep(1)

@@ -200,18 +200,18 @@ class Cluster:
         )
         return int(answer.strip().split(";")[0])
 
-    def job(self, number: int) -> dict[str, str]:
-        """What `scontrol show job` says: JobState, Restarts, Reason, StdOut, ..."""
+    def job(self, number: int | str) -> dict[str, str]:
+        """What `scontrol show job` says: JobState, Restarts, ...; `ARRAY_TASK` is a job too."""
         text = self.run("scontrol", "show", "job", "-o", str(number))
         parts = re.split(r"(?:^|\s)([A-Z][\w/:]*)=", text.strip())
         return dict(zip(parts[1::2], map(str.strip, parts[2::2]), strict=True))
 
-    def log(self, number: int) -> str:
+    def log(self, number: int | str) -> str:
         """What a job has printed so far."""
         path = Path(self.job(number).get("StdOut", ""))
         return path.read_text(errors="replace") if path.is_file() else ""
 
-    def wait_for(self, number: int, *states: str, timeout: float = 60) -> dict[str, str]:
+    def wait_for(self, number: int | str, *states: str, timeout: float = 60) -> dict[str, str]:
         """The job once it is in one of the states; AssertionError with its log's tail if not."""
         deadline = time.monotonic() + timeout
         while (job := self.job(number))["JobState"] not in states:
@@ -220,7 +220,7 @@ class Cluster:
             time.sleep(0.1)
         return job
 
-    def wait_for_log(self, number: int, text: str, timeout: float = 60) -> str:
+    def wait_for_log(self, number: int | str, text: str, timeout: float = 60) -> str:
         """The job's log once it holds `text`."""
         deadline = time.monotonic() + timeout
         while text not in (log := self.log(number)):

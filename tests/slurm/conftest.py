@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, unavailable
+from tests.slurm.training import Training, write_config
 
 HERE = Path(__file__).parent
 
@@ -39,3 +40,17 @@ def cluster() -> Iterator[Cluster]:
     finally:
         cluster.stop()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def config(windowed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config file of a small run, on shards that are streamed."""
+    return write_config(tmp_path_factory.mktemp("configs") / "small.yaml", windowed)
+
+
+@pytest.fixture(scope="session")
+def straight(cluster: Cluster, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """A run on both nodes that nothing interrupted."""
+    run = Training(cluster, config, tmp_path_factory.mktemp("runs") / "straight")
+    run.finish()
+    return run

@@ -1,0 +1,92 @@
+"""launch/train.sbatch when something is taken away: a process, a node, or all of it by others."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.e2e.test_train import metrics, summary
+from tests.slurm.cluster import Cluster
+from tests.slurm.training import STEPS, Training, check_same
+
+
+def kill_worker(run: Training) -> None:
+    (worker,) = run.processes("n1", "train.py", "-u")
+    worker.send_signal(signal.SIGKILL)
+
+
+def kill_launcher(run: Training) -> None:
+    (launcher,) = run.processes("n2", "train.py", "accelerate")
+    launcher.send_signal(signal.SIGKILL)
+
+
+def kill_node(run: Training) -> None:
+    """It is back at once, so that SLURM itself notices nothing."""
+    run.cluster.kill_node("n2")
+    run.cluster.start_node("n2")
+
+
+@pytest.mark.parametrize("kill", [kill_worker, kill_launcher, kill_node])
+def test_what_is_killed_comes_back(
+    kill: Callable[[Training], None],
+    cluster: Cluster,
+    config: Path,
+    straight: Training,
+    tmp_path: Path,
+) -> None:
+    run = Training(cluster, config, tmp_path)
+    run.wait_for_step(50)
+    kill(run)
+    assert run.finish() >= 1
+    assert run.check_interrupted() % 20 == 0  # a checkpoint
+    check_same(tmp_path, straight.run)
+
+
+def test_a_run_goes_on_with_the_nodes_that_are_left(
+    cluster: Cluster, config: Path, tmp_path: Path
+) -> None:
+    """One node takes the batches of two, sample by sample: in fp64 the difference is rounding."""
+    fp64 = "--train.precision=fp64"
+    two = Training(cluster, config, tmp_path / "two", fp64)
+    two.finish()
+    run = Training(cluster, config, tmp_path / "run", fp64, options=("--nodes=1-2",))
+    run.wait_for_step(50)
+    try:
+        cluster.kill_node("n2")
+        assert run.finish() >= 1
+    finally:
+        cluster.start_node("n2")
+        cluster.wait_for_node("n2", "idle")
+    run.check_interrupted()
+    worlds = [(start["nodes"], start["world_size"]) for start in run.start_lines]
+    assert worlds == [("n[1-2]", 2), ("n1", 1)]
+    assert summary(run.run)["world_size"] == 1
+    ours, theirs = (load_file(r.run / "classifier.safetensors") for r in (run, two))
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-9
+    for mine, other in zip(metrics(run.run), metrics(two.run), strict=True):
+        assert mine == pytest.approx(other, abs=1e-9)
+
+
+@pytest.mark.parametrize("partition", ["requeue", "cancel"])
+def test_a_preempted_run_comes_back(
+    partition: str, cluster: Cluster, config: Path, straight: Training, tmp_path: Path
+) -> None:
+    options = ("--nodes=2", f"--partition={partition}")
+    run = Training(cluster, config, tmp_path, options=options)
+    run.wait_for_step(50)
+    urgent = cluster.submit(
+        "--partition=urgent",
+        "--nodelist=n2",
+        "--cpus-per-task=4",
+        script="#!/bin/bash\nhostname\n",
+    )
+    cluster.wait_for(urgent, "COMPLETED", timeout=120)
+    assert run.finish() >= 1
+    step = run.check_interrupted()
+    assert f"stopped after {step} of {STEPS} steps by the batch system" in run.log
+    check_same(tmp_path, straight.run)

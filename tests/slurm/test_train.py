@@ -1,0 +1,153 @@
+"""launch/train.sbatch on two nodes: how runs end, and how they are requeued until they are DONE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.test_train import metrics, summary
+from tests.slurm.cluster import Cluster
+from tests.slurm.training import ONE_NODE, STEPS, Training, check_same
+from tests.wandb_server import WandbServer
+
+OWN = "--model.discriminator=tests.own_models:"
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    server = WandbServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def crashing(cluster: Cluster, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """A job whose every start comes to nothing. Submitted ahead, as it waits for requeues."""
+    crash = (f"{OWN}Crashes", "--model.discriminator_args={}")
+    run = tmp_path_factory.mktemp("runs") / "crashing"
+    return Training(cluster, config, run, *crash, options=ONE_NODE)
+
+
+@pytest.fixture(scope="module")
+def limited(cluster: Cluster, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """A run longer than its job's time limit. Submitted ahead, as it mostly sleeps."""
+    slow = (f"{OWN}TakesItsTime", "--model.discriminator_args={}", "--train.steps=130")
+    # A signal that nothing comes of instead of the template's: the run looks at the clock itself.
+    options = (*ONE_NODE, "--time=1", "--signal=B:URG@1")
+    run = tmp_path_factory.mktemp("runs") / "limited"
+    return Training(cluster, config, run, *slow, options=options)
+
+
+def test_a_run_on_two_nodes(straight: Training) -> None:
+    job, found = straight.cluster.job(straight.number), summary(straight.run)
+    assert (job["Restarts"], job["ExitCode"], job["NodeList"]) == ("0", "0:0", "n[1-2]")
+    assert found["world_size"] == 2 and found["step"] == STEPS and found["restarts"] == 0
+    assert "2 processes on 2 nodes" in straight.log
+    assert [line["step"] for line in metrics(straight.run)] == list(range(5, STEPS + 1, 5))
+    (start,) = straight.start_lines
+    assert start["step"] == 0 and start["job"] == str(straight.number)
+    assert start["nodes"] == "n[1-2]"
+
+
+def test_an_early_signal_requeues_and_one_wandb_run_has_all(
+    cluster: Cluster, config: Path, straight: Training, tmp_path: Path, server: WandbServer
+) -> None:
+    online = {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+    run = Training(cluster, config, tmp_path / "run", "--tracking.wandb=true", **online)
+    run.wait_for_step(50)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(run.number))
+    assert run.finish() == 1
+    step = run.check_interrupted()
+    assert f"stopped after {step} of {STEPS} steps by the batch system" in run.log
+    assert f"is requeued from checkpoints/step-{step:08d}" in run.log
+    assert "Traceback" not in run.log and "ChildFailedError" not in run.log
+    check_same(run.run, straight.run)
+    assert summary(run.run)["restarts"] == 1
+    assert set(server.run_ids) == {(run.run / "wandb_id").read_text()}
+    logged = [line["_step"] for line in server.history if "d/supervised" in line]
+    assert logged == list(range(5, STEPS + 1, 5))
+
+
+def test_a_stop_file_ends_the_job_and_the_next_goes_on(
+    cluster: Cluster, config: Path, straight: Training, tmp_path: Path
+) -> None:
+    first = Training(cluster, config, tmp_path)
+    first.wait_for_step(50)
+    (tmp_path / "STOP").touch()
+    assert first.finish() == 0
+    assert cluster.job(first.number)["ExitCode"] == "0:0"
+    assert "to go on, submit the same again" in first.log and not (tmp_path / "DONE").exists()
+    second = Training(cluster, config, tmp_path)
+    assert second.finish() == 0
+    step = second.check_interrupted()
+    assert f"stopped after {step} of {STEPS} steps by a file STOP" in first.log
+    check_same(tmp_path, straight.run)
+
+
+def test_a_cancelled_job_saves_and_stays_dead(
+    cluster: Cluster, config: Path, tmp_path: Path
+) -> None:
+    run = Training(cluster, config, tmp_path, "--checkpoint.every=100000")
+    run.wait_for_step(50)
+    cluster.cancel(run.number)
+    run.finish("CANCELLED")
+    log = cluster.wait_for_log(run.number, "stopped after")
+    kept = (tmp_path / "latest").read_text().strip()
+    step = int(kept.rpartition("-")[2])
+    assert 0 < step < STEPS and f"stopped after {step} of {STEPS} steps" in log
+    clock = cluster.submit(
+        script='#!/bin/bash\n((SLURM_RESTART_COUNT)) || scontrol requeue "$SLURM_JOB_ID"\n'
+    )
+    assert cluster.wait_for(clock, "COMPLETED")["Restarts"] == "1"  # a requeue has its time
+    job = cluster.job(run.number)
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+    assert "is requeued" not in run.log and run.starts == [0]
+
+
+@pytest.mark.usefixtures("limited", "crashing")
+def test_a_rank_that_hangs_is_shown_and_requeued(
+    cluster: Cluster, config: Path, tmp_path: Path
+) -> None:
+    hang = (f"{OWN}HangsAtTheFirstStart", "--model.discriminator_args={}")
+    run = Training(cluster, config, tmp_path, *hang, "--train.timeout=8", "--checkpoint.every=5")
+    assert run.finish() == 1
+    run.check_interrupted()
+    for rank in (0, 1):
+        assert run.log.count(f"rank {rank} hangs: 8 s without a step since step") == 1
+    assert "in wait_for_nothing" in run.log  # where rank 1 is
+    assert "in agree" in run.log or "all_reduce" in run.log  # and rank 0, which waits for it
+
+
+def test_a_bad_setting_is_not_tried_again(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    run = Training(cluster, config, tmp_path, "--optim.lr=-1", options=ONE_NODE)
+    assert run.finish("FAILED") == 0
+    assert cluster.job(run.number)["ExitCode"] == "1:0"
+    reason = (tmp_path / "FAILED").read_text().strip()
+    assert "optim.lr" in reason and f"ALERT: {tmp_path}: failed: {reason}\n" in run.log
+    assert "is requeued" not in run.log
+
+
+def test_a_run_that_makes_no_progress_is_given_up(crashing: Training) -> None:
+    restarts, log = crashing.finish("FAILED"), crashing.log
+    assert (restarts, crashing.cluster.job(crashing.number)["ExitCode"]) == (2, "1:0")
+    assert log.count("RuntimeError: no such kernel") == 3 and log.count("is requeued") == 2
+    assert log.count("ALERT") == 1
+    assert f"two requeues of job {crashing.number} made no checkpoint" in log
+
+
+def test_deepspeed_goes_on_too(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    run = Training(cluster, config, tmp_path, LAUNCHER="deepspeed")
+    run.wait_for_step(50)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(run.number))
+    assert run.finish() == 1
+    run.check_interrupted()
+    assert "DeepSpeed" in run.log and summary(run.run)["world_size"] == 2
+
+
+def test_a_time_limit_is_seen_coming(limited: Training) -> None:
+    assert limited.finish() in (1, 2)
+    assert limited.starts[0] == 0 and 0 < limited.starts[1] < 130
+    said = f"stopped after {limited.starts[1]} of 130 steps by the end of the job's time"
+    assert said in limited.log and "TIME LIMIT" not in limited.log
