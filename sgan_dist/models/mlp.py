@@ -30,10 +30,10 @@ class MLPDiscriminator(nn.Module):
         super().__init__()
         self.input_noise, self.noise = input_noise, noise
         inputs = (math.prod(image_shape), *sizes)
-        self.layers = nn.ModuleList(normed(nn.Linear(a, b)) for a, b in itertools.pairwise(inputs))
+        self.layers = nn.ModuleList(_dense(a, b) for a, b in itertools.pairwise(inputs))
         for layer in self.layers:
             layer.get_parameter("parametrizations.weight.original0").requires_grad_(False)
-        self.head = normed(nn.Linear(inputs[-1], outputs))
+        self.head = _dense(inputs[-1], outputs)
 
     def forward(self, images: Tensor, draw: Draw | None = None) -> DiscriminatorOutput:
         features = (images.flatten(1) + 1) / 2
@@ -41,6 +41,17 @@ class MLPDiscriminator(nn.Module):
             noisy = gaussian_noise(features, self.noise if number else self.input_noise, draw)
             features = F.relu(layer(noisy))
         return DiscriminatorOutput(self.head(gaussian_noise(features, self.noise, draw)), features)
+
+
+def _dense(inputs: int, outputs: int) -> nn.Module:
+    """Weight-normed, from N(0, 0.1^2) as in the paper's code.
+
+    The scale is normed away, but the rate at which Adam turns a row is the rate over its length:
+    torch's own shorter rows let D run away from G in the first epoch.
+    """
+    layer = nn.Linear(inputs, outputs)
+    nn.init.normal_(layer.weight, std=0.1)
+    return normed(layer)
 
 
 class MLPGenerator(nn.Module):

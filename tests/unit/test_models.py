@@ -104,6 +104,13 @@ def test_the_improved_gan_trains_scales_in_the_last_layer_only() -> None:
     assert frozen == [f"layers.{i}.parametrizations.weight.original0" for i in range(2)]
 
 
+def test_the_improved_gan_starts_with_rows_as_long_as_the_papers() -> None:
+    d = build_discriminator("mlp", (1, 28, 28), 10, {})
+    for layer in (*d.layers, d.head):
+        rows = layer.parametrizations.weight.original1.norm(dim=1)
+        assert torch.allclose(rows.mean(), torch.tensor(0.1 * layer.in_features**0.5), rtol=0.05)
+
+
 def test_the_books_batch_norm_normalizes_parts_apart() -> None:
     d = build_discriminator("book", (1, 28, 28), 10, {"dropout": 0}).double()
     real = torch.rand(6, 1, 28, 28, dtype=torch.float64)
