@@ -72,10 +72,13 @@ class Group:
     def spread(self, key: str) -> Spread | None:
         """Over the runs whose summary has `key`; None where none has."""
         found = [run.summary[key] for run in self.runs if key in run.summary]
-        if not found:
-            return None
-        std = statistics.stdev(found) if len(found) > 1 else None
-        return Spread(statistics.fmean(found), std, len(found))
+        return spread_of(found) if found else None
+
+
+def spread_of(found: Sequence[float]) -> Spread:
+    """Of at least one fraction."""
+    std = statistics.stdev(found) if len(found) > 1 else None
+    return Spread(statistics.fmean(found), std, len(found))
 
 
 def find(places: Sequence[Path]) -> list[Path]:
@@ -225,6 +228,11 @@ def table(keys: Sequence[str], groups: Sequence[Group]) -> str:
     if not any(row[-3] for row in rows):
         for line in (head, *rows):
             del line[-3]
+    return markdown(head, rows)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
@@ -255,16 +263,16 @@ Point = tuple[float, Spread, str]  # place, height, whose
 def plot(keys: Sequence[str], groups: Sequence[Group]) -> str:
     """A standalone SVG file of test errors: over the labels where they vary, else group by group."""
     counts = sorted({row.runs[0].settings["labels"] for row in groups} - {UNKNOWN})
-    over_labels = "labels" in keys and len(counts) > 1
-    others = [key for key in keys if not (over_labels and key == "labels")]
+    by_labels = "labels" in keys and len(counts) > 1
+    others = [key for key in keys if not (by_labels and key == "labels")]
     series: dict[str, list[Point]] = {}
     for key in ("test_error", "supervised_test_error"):
         for i, row in enumerate(groups, start=1):
             run, spread, alone = row.runs[0], row.spread(key), key != "test_error"
             labels, name = run.settings["labels"], _named(others, run)
-            if spread is None or (over_labels and labels == UNKNOWN):
+            if spread is None or (by_labels and labels == UNKNOWN):
                 continue
-            if over_labels:
+            if by_labels:
                 kind = ", ".join(filter(None, [ALONE if alone else "", name]))
                 kind = kind or run.summary["trained_on"]
                 point = (labels, spread, f"{kind}, {labels:,} labels")
@@ -272,11 +280,17 @@ def plot(keys: Sequence[str], groups: Sequence[Group]) -> str:
                 kind = ALONE if alone else f"{i}: {name or run.summary['trained_on']}"
                 point = (i + 0.12 * alone, spread, kind)
             series.setdefault(kind, []).append(point)
-    if over_labels:
-        x = Axis(counts[0] / 1.15, counts[-1] * 1.15, charts.LEFT, STOP, log=True)
-        return _drawn(series, x, "labeled images", counts, joined=True)
+    if by_labels:
+        return over_labels(series)
     x = Axis(0.5, len(groups) + 0.5, charts.LEFT, STOP)
     return _drawn(series, x, "row of the table", range(1, len(groups) + 1), joined=False)
+
+
+def over_labels(series: dict[str, list[Point]]) -> str:
+    """A standalone SVG file of lines over numbers of labels, each line's points in their order."""
+    counts = sorted({labels for points in series.values() for labels, _, _ in points})
+    x = Axis(counts[0] / 1.15, counts[-1] * 1.15, charts.LEFT, STOP, log=True)
+    return _drawn(series, x, "labeled images", counts, joined=True)
 
 
 def _named(keys: Sequence[str], run: Run) -> str:
@@ -350,12 +364,17 @@ def collect(places: Sequence[Path], by: Sequence[str], out: Path | None) -> str:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            partial = out / f".{name}-{os.getpid()}.partial"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(out / name)
+            write(out / name, text)
     except OSError as error:
         raise UserError(f"can't write to {out} ({error.strerror}): give another --out") from error
     return "\n".join([*said, *(str(out / name) for name in files)])
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}-{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def main(argv: Sequence[str]) -> int:

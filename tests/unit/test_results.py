@@ -1,0 +1,216 @@
+"""The results table, by small real runs: what is made, kept, gone on with, and made again."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sgan_dist.results import BEGIN, END, LAUNCH, main, read_rows
+from tests.ranks import REPOSITORY
+
+SMALL = {
+    "data": {"source": "digits", "labeled_batch": 12, "unlabeled_batch": 12},
+    "model": {
+        "discriminator_args": {"width": 4},
+        "generator_args": {"width": 4, "latent_size": 8},
+    },
+    "train": {
+        "fake_batch": 12,
+        "steps": 6,
+        "log_every": 2,
+        "evaluate_every": 0,
+        "sample_every": 0,
+    },
+    "tracking": {"wandb": False},
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project's folder with a page of results and a small config."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results.md").write_text(f"# Results\n\n{BEGIN}\n{END}\n\nThe end.\n")
+    data = {**SMALL["data"], "root": str(tmp_path / "data" / "small")}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**SMALL, "data": data}))
+    return tmp_path
+
+
+def listed(**rows: list[str]) -> None:
+    """Writes rows.yaml: rows of one draw by their overrides, all points of one line."""
+    more: dict[str, Any] = {"table": "Small", "config": "small.yaml", "draws": 1, "curve": "small"}
+    text = {name: {**more, "what": f"<{name}>", "overrides": given} for name, given in rows.items()}
+    Path("rows.yaml").write_text(yaml.safe_dump(text, sort_keys=False))
+
+
+def results(*arguments: str) -> int:
+    return main(["--rows=rows.yaml", *arguments])
+
+
+def lines() -> list[dict[str, str]]:
+    with open("docs/results.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def cells() -> list[list[str]]:
+    text = Path("docs/results.md").read_text()
+    assert text.startswith(f"# Results\n\n{BEGIN}\n\n### Small\n\n| what |")
+    assert text.endswith(f"\n\n{END}\n\nThe end.\n") and text.count(BEGIN) == 1
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| <")]
+
+
+def starts(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "starts.jsonl").read_text().splitlines()]
+
+
+def figures(name: str, errors: list[float], labels: int) -> list[list[Any]]:
+    """Lines of docs/results.csv for draws of a row in rows.yaml."""
+    row = read_rows(Path("rows.yaml"))[name]
+    where = [1, 1, "cpu", "a CPU, 2 cores", "2026-01-01", ""]
+    return [
+        [name, draw, labels, error, error / 2, 6, 60.0, *where, row.settings(draw), "0" * 12]
+        for draw, error in enumerate(errors)
+    ]
+
+
+HEAD = (
+    "row,draw,labels,test_error,validation_error,steps,wall_seconds,world_size,threads,device,"
+    "machine,date,commit,settings,weights_sha256\n"
+)
+
+
+def test_rows_are_made_once_and_kept(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    listed(a=["--data.labels_per_class=2"], b=["--data.labels_per_class=9999"])
+    assert results("--dry_run") == 0
+    assert "2 runs to make" in capfd.readouterr().out
+    assert not Path("docs/results.csv").exists() and not Path("runs").exists()
+
+    assert results("b", "a") == 1  # b can't be made, and does not keep a from being made
+    said = capfd.readouterr().err
+    assert "error: b, draw 0 is not done" in said and "fewer than 9999 labels per class" in said
+    (line,) = lines()
+    (run,) = Path("runs/results/a").iterdir()
+    summary = json.loads((run / "summary.json").read_text())
+    assert float(line["test_error"]) == summary["test_error"]
+    assert (line["row"], line["draw"], line["labels"], line["steps"]) == ("a", "0", "20", "6")
+    assert (line["world_size"], line["threads"], line["device"]) == ("1", "1", "cpu")
+    assert line["machine"].endswith("cores") or line["machine"].endswith("core")
+    error = f"{100 * summary['test_error']:.2f} %"
+    made, missing = cells()
+    assert made[:3] == ["<a>", "1", error] and made[4] == "6"
+    assert made[-1] == "`python launch/results.py a`"
+    assert missing[:3] == ["<b>", "0 of 1", "not run yet"]
+    assert f"small, 20 labels: {error}, 1 run" in Path("docs/label_efficiency.svg").read_text()
+
+    # Nothing is left to do, here or on a machine that has the line alone.
+    shutil.rmtree("runs")
+    page = Path("docs/results.md").read_text()
+    Path("docs/results.md").write_text(f"# Results\n\n{BEGIN}\n{END}\n\nThe end.\n")
+    assert results("a") == 0
+    assert "0 runs to make" in capfd.readouterr().out and not Path("runs").exists()
+    assert Path("docs/results.md").read_text() == page
+
+
+def test_a_changed_row_is_made_again_and_goes_on_where_it_was_stopped(project: Path) -> None:
+    listed(long=["--train.steps=60"])
+    with open("docs/results.csv", "w") as file:
+        file.write(HEAD)
+        csv.writer(file).writerows(figures("long", [0.5], 100))
+    listed(long=["--train.steps=120", "--checkpoint.every=10", "--train.supervised_only=true"])
+    script = [sys.executable, str(LAUNCH / "results.py"), "--rows=rows.yaml"]
+    with subprocess.Popen(script) as process:
+        while not list(project.glob("runs/results/long/*/checkpoints/step-*")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 130
+    (run,) = Path("runs/results/long").iterdir()
+    assert not (run / "DONE").exists() and [line["test_error"] for line in lines()] == ["0.5"]
+    assert cells()[0][1:3] == ["0 of 1", "not run yet"]  # the line is of another row by now
+    assert results() == 0
+    first, then = starts(run)
+    assert first == 0 and 10 <= then < 120
+    (line,) = lines()
+    assert line["steps"] == "120" and line["test_error"] != "0.5"
+    assert cells()[0][1] == "1"
+
+
+def test_draws_are_pooled_and_drawn_over_labels(
+    project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    listed(many=["--data.labels_per_class=10"], few=["--data.labels_per_class=2"])
+    with open("docs/results.csv", "w") as file:
+        file.write(HEAD)
+        writer = csv.writer(file)
+        writer.writerows(figures("few", [0.9], 20))  # merged: the later line counts
+        writer.writerows(figures("many", [0.01, 0.03], 100) + figures("few", [0.2], 20))
+        writer.writerow(["gone", *figures("few", [0.2], 20)[0][1:]])
+    assert results() == 0
+    many, few = cells()
+    assert many[1:6] == ["2", "2.00 ± 1.41 %", "1.00 ± 0.71 %", "6", "1 min 0 s"]
+    assert few[1:4] == ["1", "20.00 %", "10.00 %"]
+    drawn = Path("docs/label_efficiency.svg").read_text()
+    assert drawn.index("20 labels: 20.00 %, 1 run") < drawn.index("100 labels: 2.00 ± 1.41 %")
+    assert (
+        "![Test error by number of labels](label_efficiency.svg)"
+        in Path("docs/results.md").read_text()
+    )
+    capfd.readouterr()
+    assert results("--draws=3", "--dry_run", "many", "many") == 0
+    said = capfd.readouterr().out
+    assert "1 run to make" in said and "many, draw 2: accelerate launch" in said
+    assert f"--data.root={project}/data/small-labels-10-draw-2 --seed=2 --data.label_seed=2" in said
+
+
+def test_what_can_not_be_made_is_said(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    listed(a=[])
+
+    def refused(*arguments: str) -> str:
+        assert results(*arguments) == 2
+        captured = capfd.readouterr()
+        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+        return captured.err
+
+    assert "there is no row b: give some of a" in refused("a", "b")
+    Path("docs/results.csv").write_text(HEAD + "<<<<<<< HEAD\n")
+    assert "docs/results.csv can't be read up to line 2" in refused()
+    Path("docs/results.csv").unlink()
+    for text in ("# Results\n", f"{END}\n{BEGIN}\n"):
+        Path("docs/results.md").write_text(text)
+        assert f"docs/results.md has no {BEGIN} with {END} after it" in refused()
+    Path("docs/results.md").unlink()
+    assert "run this from the project's folder" in refused()
+    listed(a=["--no.such=1"])
+    assert "row a: bad configuration" in refused()
+    Path("rows.yaml").write_text("a: {what: only}\n")
+    assert "can't read the rows in rows.yaml" in refused()
+
+
+def test_the_rows_that_are_listed_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    rows = read_rows(LAUNCH / "results.yaml")
+    assert {row.table for row in rows.values()} == {
+        "MNIST, 100 labels",
+        "MNIST by number of labels",
+    }
+    points = [row for row in rows.values() if row.curve is not None]
+    assert len(points) == 10 and {row.config.train.steps for row in points} == {5000}
+    for row in points:
+        assert row.name.split("_")[1] == str(10 * row.config.data.labels_per_class)
+    hashes = {row.settings(draw) for row in rows.values() for draw in range(row.draws)}
+    assert len(hashes) == sum(row.draws for row in rows.values())
