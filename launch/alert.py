@@ -9,7 +9,7 @@ from sgan_dist.tracking import alert, say
 if __name__ == "__main__":
     run, reason = Path(sys.argv[1]), sys.argv[2]
     say(f"ALERT: {run}: {reason}")
-    if in_use(run):
-        say("(not sent to W&B: another job trains in this run directory)")
+    if (run / "DONE").exists() or in_use(run):
+        say("(not sent to W&B: the run itself is done, or another job trains it)")
     elif not alert(run, f"{run.name} has stopped", reason):
         say("(not sent to W&B, where this run is offline or off)")

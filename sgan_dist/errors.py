@@ -9,7 +9,7 @@ class UserError(Exception):
 
 
 class Outage(UserError):
-    """Storage or a network that may be back later: the same command is worth another try."""
+    """What may be over later, as a network that is away is: the same command is worth another try."""
 
 
 class NonFiniteLoss(UserError):

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from types import FrameType
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
-SPARE = (
-    30.0  # seconds of a job's time kept for the way from the last step to the end of the process
-)
+SPARE = 30.0  # seconds of a job's time for the way from the last step to the end of the process
 
 _received: int | None = None
 _stop_file: Path | None = None
@@ -82,9 +81,16 @@ def forget_stop() -> None:
 
 
 def tell(outcome: str) -> None:
-    """Tells a batch script how the run ended, in the file that it has named in $SGAN_OUTCOME."""
+    """Tells a batch script how the run ended, in the file that it has named in $SGAN_OUTCOME:
+
+    `done`, `stopped` (by STOP), `preempted`, `try again`, or `failed: ` and why. One that can't be
+    written is as one of a run that was killed.
+    """
     if "SGAN_OUTCOME" in os.environ:
-        Path(os.environ["SGAN_OUTCOME"]).write_text(outcome + "\n")
+        try:
+            Path(os.environ["SGAN_OUTCOME"]).write_text(outcome + "\n")
+        except OSError as error:
+            print(f"can't tell the batch script of {outcome}: {error}", file=sys.stderr)
 
 
 def exit_code(by_hand: bool) -> int:

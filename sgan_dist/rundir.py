@@ -16,7 +16,7 @@ import torch
 
 from sgan_dist.config import Config, save
 from sgan_dist.data.remote import is_remote
-from sgan_dist.errors import UserError
+from sgan_dist.errors import Outage, UserError
 from sgan_dist.players import Backend
 
 _locks: list[TextIO] = []  # open files: closing one would give its lock up
@@ -26,7 +26,8 @@ def claim(config: Config) -> None:
     """Makes the run directory, with the config in it, and locks it for as long as this process lives.
 
     Raises:
-        UserError: it can't be written, or another process trains in it.
+        UserError: it can't be written.
+        Outage: another process trains in it.
     """
     run = config.directory
     try:
@@ -42,7 +43,7 @@ def claim(config: Config) -> None:
         save(dataclasses.replace(config, data=data), run / "config.yaml")
         (run / "FAILED").unlink(missing_ok=True)
     except BlockingIOError as error:
-        raise UserError(
+        raise Outage(
             f"another process is training in {run}: wait for it, or give another --run_dir"
         ) from error
     except OSError as error:

@@ -44,13 +44,17 @@ GRID = 64  # images in a sample grid
 
 
 def main(argv: Sequence[str]) -> int:
-    """launch/train.py: 0 when done, 2 for an error that the user can mend, 128 + signal if stopped,
-    75 where the same command is to be tried again."""
+    """launch/train.py: 0 when done or stopped by hand, 2 for an error that the user can mend,
+    128 + signal if stopped, 75 where the same command is to be tried again.
+    """
     try:
         launcher.adopt_slurm(os.environ)
         argv = launcher.without_local_rank(argv, os.environ)
         config, dry_run = parse(argv, DEFAULT_CONFIG)
-        return fit(check(config), dry_run)
+        code = fit(check(config), dry_run)
+        if dry_run and is_rank_zero():
+            preemption.tell("done")
+        return code
     except Outage as error:
         if is_rank_zero():
             say(f"error: {error}")
@@ -59,10 +63,10 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         if is_rank_zero():
             say(f"error: {error}")
-            preemption.tell(f"failed: {error}")
             run = run_directory(argv, DEFAULT_CONFIG)
             if run is not None and "--dry_run" not in argv:
                 rundir.mark_failed(run, str(error))
+            preemption.tell(f"failed: {error}")
         return 2
 
 
@@ -101,7 +105,7 @@ def fit(config: Config, dry_run: bool = False) -> int:
         if summary is not None:
             say(rundir.results(config.directory, summary))
         preemption.tell("done" if summary is not None else "stopped" if by_hand else "preempted")
-        preemption.forget_stop()
+    on_rank_zero(preemption.forget_stop)
     backend.close()
     return 0 if summary is not None else preemption.exit_code(by_hand)
 

@@ -38,7 +38,7 @@ class Watchdog:
         self._step, self._due = step, time.monotonic() + self._seconds
         if self._thread.ident is None:
             limit_waits(self._seconds + STACKS_FIRST)
-            # where the thread below does not come to it, this dumps the stacks before the end
+            # dumps the stacks once more at the end, also where the thread below came to nothing
             faulthandler.register(signal.SIGALRM, file=STDERR, chain=True)
             self._thread.start()
         signal.setitimer(signal.ITIMER_REAL, self._seconds + LAST_CHANCE)
@@ -59,8 +59,9 @@ class Watchdog:
     def _watch(self) -> None:
         told = 0.0  # a step that was only slow goes on, and the next one is watched as before
         while not self._closed.wait(min(1.0, self._seconds / 10)):
-            if time.monotonic() > self._due != told:
-                told = self._due
+            due = self._due
+            if time.monotonic() > due != told:
+                told = due
                 said = (
                     f"rank {rank()} hangs: {self._seconds:g} s without a step since step {self._step}"
                     " (train.timeout); its stacks:\n"

@@ -65,6 +65,21 @@ class Crashes(WithBatchNorm):
         raise RuntimeError("no such kernel")
 
 
+class CrashesWhenToldToLeave(WithBatchNorm):
+    """At the first start it waits, in the middle of a step, for the batch script's file, and fails."""
+
+    forwards = 0
+
+    def forward(self, images: Tensor, draw: Draw | None = None) -> DiscriminatorOutput:
+        CrashesWhenToldToLeave.forwards += 1
+        if "SLURM_RESTART_COUNT" not in os.environ and CrashesWhenToldToLeave.forwards == 150:
+            print("waits to be told", flush=True)
+            while not os.path.exists(os.environ["SGAN_PREEMPTED"]):  # noqa: PTH110
+                time.sleep(0.1)
+            raise RuntimeError("out of memory")
+        return super().forward(images, draw)
+
+
 class TakesItsTime(WithBatchNorm):
     """A fifth of a second a step, whatever the machine."""
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from sgan_dist import checkpoint
 from tests.e2e.test_train import TWO_RANKS, command, wait_for_step
@@ -30,6 +31,7 @@ def test_stacks_of_all_ranks_are_shown_and_a_hang_ends(digits: Path, tmp_path: P
     assert not (tmp_path / "FAILED").exists()
 
 
+@pytest.mark.slow
 def test_a_suspended_rank_ends_the_run_too(digits: Path, tmp_path: Path) -> None:
     arguments = command(digits, tmp_path, "--train.timeout=4", "--train.steps=100000")
     stops_soon = {"ACCELERATE_USE_CPU": "true", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
@@ -46,6 +48,7 @@ def test_a_suspended_rank_ends_the_run_too(digits: Path, tmp_path: Path) -> None
     assert not workers[0].is_running()
 
 
+@pytest.mark.slow
 def test_a_run_ends_before_its_job_does_and_goes_on(digits: Path, tmp_path: Path) -> None:
     arguments = command(digits, tmp_path, "--checkpoint.every=100000", "--optim.decay=0")
     ends = time.time() + 50

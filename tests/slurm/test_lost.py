@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.e2e.test_train import metrics, summary
 from tests.slurm.cluster import Cluster
-from tests.slurm.training import STEPS, Training, check_same
+from tests.slurm.training import LONG, ONE_NODE, STEPS, Training, check_same
 
 
 def kill_worker(run: Training) -> None:
@@ -70,6 +70,19 @@ def test_a_run_goes_on_with_the_nodes_that_are_left(
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-9
     for mine, other in zip(metrics(run.run), metrics(two.run), strict=True):
         assert mine == pytest.approx(other, abs=1e-9)
+
+
+def test_a_crash_after_the_signal_is_requeued_too(
+    cluster: Cluster, config: Path, tmp_path: Path
+) -> None:
+    own = "--model.discriminator=tests.own_models:CrashesWhenToldToLeave"
+    options = (own, "--model.discriminator_args={}", "--checkpoint.every=5")
+    run = Training(cluster, config, tmp_path, *options, options=ONE_NODE)
+    cluster.wait_for_log(run.number, "waits to be told", timeout=LONG)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(run.number))
+    assert run.finish() == 1
+    assert run.check_interrupted() % 5 == 0  # from a checkpoint before the crash
+    assert "RuntimeError: out of memory" in run.log and "stopped after" not in run.log
 
 
 @pytest.mark.parametrize("partition", ["requeue", "cancel"])
