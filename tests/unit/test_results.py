@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sgan_dist.results import BEGIN, END, LAUNCH, main, read_rows
+from sgan_dist.results import BEGIN, END, LAUNCH, main, publish, read_rows
 from tests.ranks import REPOSITORY
 
 SMALL = {
@@ -214,3 +214,14 @@ def test_the_rows_that_are_listed_can_be_read(monkeypatch: pytest.MonkeyPatch) -
         assert row.name.split("_")[1] == str(10 * row.config.data.labels_per_class)
     hashes = {row.settings(draw) for row in rows.values() for draw in range(row.draws)}
     assert len(hashes) == sum(row.draws for row in rows.values())
+
+
+def test_the_page_is_what_the_program_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(REPOSITORY / "docs", tmp_path / "docs")
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    monkeypatch.chdir(tmp_path)
+    assert publish(read_rows(LAUNCH / "results.yaml"))
+    for name in ("results.md", "label_efficiency.svg"):
+        assert (tmp_path / "docs" / name).read_text() == (REPOSITORY / "docs" / name).read_text()
