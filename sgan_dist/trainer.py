@@ -292,13 +292,16 @@ def _restore(
         new = {"step": 0, "seconds": 0.0, "save_seconds": 0.0}
         return new | {name: {} for name in ("meters", "alarms", "skipped")}
     state = together(lambda: checkpoint.read_state(path))
+    names = ("meters", "alarms", "skipped", "seconds", "save_seconds")
     try:
         networks.load(state)
+        kept = {name: state[name] for name in names}
     except (RuntimeError, KeyError) as error:
         raise UserError(
-            f"{path} does not fit the networks, whose code was changed since: {error}"
+            f"{path} does not fit the networks, or this program, whose code was changed since"
+            f" ({error}): go back to that code, or start anew with another --run_dir"
         ) from error
-    skipped, limit = sum(state["skipped"].values()), config.data.max_skips
+    skipped, limit = sum(kept["skipped"].values()), config.data.max_skips
     if skipped > limit:
         raise UserError(
             f"{skipped} training images were damaged so far and data.max_skips is {limit}: mend the"
@@ -311,8 +314,7 @@ def _restore(
             if meta["environment"][name] != now:
                 before = meta["environment"][name]
                 say(f"{name} was {before} and is now {now}: last bits may differ")
-    kept = ("meters", "alarms", "skipped", "seconds", "save_seconds")
-    return {"step": meta["step"]} | {name: state[name] for name in kept}
+    return {"step": meta["step"], **kept}
 
 
 def _errors(

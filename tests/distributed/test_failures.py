@@ -83,6 +83,19 @@ def test_a_forgotten_parameter_is_named(world_size: int, digits: Path, tmp_path:
     assert len(set(messages)) == 1 and "forgotten.weight" in messages[0]
 
 
+def test_a_checkpoint_of_other_code_is_refused(digits: Path, tmp_path: Path) -> None:
+    assert run_ranks(1, message_of_fit, [small_config(digits, tmp_path)]) == ["no error"]
+    path, _ = checkpoint.latest(tmp_path)
+    assert path is not None
+    state, meta = checkpoint.read_state(path), checkpoint.read_meta(path)
+    del state["save_seconds"]
+    checkpoint.save(tmp_path, meta["step"], state, meta, keep=2)
+    longer = small_config(digits, tmp_path, "--train.steps=30")
+    messages = run_ranks(2, message_of_fit, [longer] * 2)
+    assert len(set(messages)) == 1
+    assert "UserError" in messages[0] and "'save_seconds'" in messages[0]
+
+
 def errors_of(rank: int, root: str, run: Path) -> tuple[float, list[list[int]]]:
     from sgan_dist.backend import AccelerateBackend
 
