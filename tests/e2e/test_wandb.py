@@ -54,6 +54,9 @@ def test_an_alert_reaches_the_run(digits: Path, tmp_path: Path, server: WandbSer
     assert run("python", *arguments, **online(server))[0] == 0
     alert = ("python", "launch/alert.py", str(tmp_path / "run"), "two requeues made no checkpoint")
     code, output = run(*alert, **online(server))
+    assert code == 0 and "the run itself is done" in output and not server.alerts, output
+    (tmp_path / "run" / "DONE").unlink()
+    code, output = run(*alert, **online(server))
     assert code == 0 and "ALERT" in output and "not sent" not in output, output
     run_id = (tmp_path / "run" / "wandb_id").read_text()
     assert server.alerts == [(run_id, "run has stopped", "two requeues made no checkpoint")]
