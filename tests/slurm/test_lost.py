@@ -42,7 +42,8 @@ def test_what_is_killed_comes_back(
     run.wait_for_step(50)
     kill(run)
     assert run.finish() >= 1
-    assert run.check_interrupted() % 20 == 0  # a checkpoint
+    # from a checkpoint; a dead launcher's processes save once more, if they are in time
+    assert run.check_interrupted() % 20 == 0 or kill is kill_launcher
     check_same(tmp_path, straight.run)
 
 
