@@ -288,14 +288,13 @@ def _restore(
     if backend.rank == 0:
         for line in passed_over:
             say(line)
+    new = {"meters": {}, "alarms": {}, "skipped": {}, "seconds": 0.0, "save_seconds": 0.0}
     if path is None:
-        new = {"step": 0, "seconds": 0.0, "save_seconds": 0.0}
-        return new | {name: {} for name in ("meters", "alarms", "skipped")}
+        return {"step": 0, **new}
     state = together(lambda: checkpoint.read_state(path))
-    names = ("meters", "alarms", "skipped", "seconds", "save_seconds")
     try:
         networks.load(state)
-        kept = {name: state[name] for name in names}
+        kept = {name: state[name] for name in new}
     except (RuntimeError, KeyError) as error:
         raise UserError(
             f"{path} does not fit the networks, or this program, whose code was changed since"

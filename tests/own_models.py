@@ -33,20 +33,8 @@ class WithUnusedParameter(WithBatchNorm):
         self.forgotten = nn.Linear(3, 3)
 
 
-class HangsOnRankOne(WithBatchNorm):
-    """As a rank does whose file system is gone: in its 30th forward it waits for nothing."""
-
-    forwards = 0
-
-    def forward(self, images: Tensor, draw: Draw | None = None) -> DiscriminatorOutput:
-        HangsOnRankOne.forwards += 1
-        if HangsOnRankOne.forwards == 30 and os.environ.get("RANK") == "1":
-            wait_for_nothing()
-        return super().forward(images, draw)
-
-
 class HangsAtTheFirstStart(WithBatchNorm):
-    """Rank 1 hangs after some steps, unless SLURM has restarted its job."""
+    """Rank 1 hangs after some steps, as without its file system, unless SLURM has restarted it."""
 
     forwards = 0
 

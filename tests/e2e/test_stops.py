@@ -17,7 +17,10 @@ from sgan_dist import checkpoint
 from tests.e2e.test_train import TWO_RANKS, command, wait_for_step
 from tests.ranks import REPOSITORY, launch, run
 
-HANGS = ("--model.discriminator=tests.own_models:HangsOnRankOne", "--model.discriminator_args={}")
+HANGS = (
+    "--model.discriminator=tests.own_models:HangsAtTheFirstStart",
+    "--model.discriminator_args={}",
+)
 
 
 def test_stacks_of_all_ranks_are_shown_and_a_hang_ends(digits: Path, tmp_path: Path) -> None:
