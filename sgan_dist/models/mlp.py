@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgan_dist.distributed import GlobalBatchNorm
-from sgan_dist.models.base import DiscriminatorOutput, gaussian_noise, normed
+from sgan_dist.models.base import GAIN, DiscriminatorOutput, gaussian_noise, normed
 from sgan_dist.noise import Draw
 
 
@@ -32,7 +32,7 @@ class MLPDiscriminator(nn.Module):
         inputs = (math.prod(image_shape), *sizes)
         self.layers = nn.ModuleList(_dense(a, b) for a, b in itertools.pairwise(inputs))
         for layer in self.layers:
-            layer.get_parameter("parametrizations.weight.original0").requires_grad_(False)
+            layer.get_parameter(GAIN).requires_grad_(False)
         self.head = _dense(inputs[-1], outputs)
 
     def forward(self, images: Tensor, draw: Draw | None = None) -> DiscriminatorOutput:
@@ -66,7 +66,8 @@ class MLPGenerator(nn.Module):
         self.norm1 = GlobalBatchNorm(width)
         self.dense2 = nn.Linear(width, width, bias=False)
         self.norm2 = GlobalBatchNorm(width)
-        self.pixels = nn.Linear(width, math.prod(image_shape))
+        self.pixels = normed(nn.Linear(width, math.prod(image_shape)))
+        nn.init.ones_(self.pixels.get_parameter(GAIN))
 
     def latent(self, draw: Draw) -> Tensor:
         return draw.uniform(self.latent_size)

@@ -85,6 +85,23 @@ def test_data_dependent_init_standardizes_every_layer() -> None:
         assert torch.allclose(out.std(axes), torch.ones(out.shape[1]), atol=1e-2)
 
 
+def test_init_counts_the_noise_of_training() -> None:
+    """The scales of `mlp` are fixed from there on: without its noise they would be too large."""
+    d = build_discriminator("mlp", (1, 28, 28), 10, {"sizes": (30, 20)})
+    images = torch.rand(500, 1, 28, 28) * 2 - 1
+
+    def draw(step: int) -> Draw:
+        return Draw(0, "test", step, {"all": Rows.of(500, 0, 1)}, torch.device("cpu"))
+
+    data_dependent_init(d, images, draw(0))
+    found = []
+    for layer in (*d.layers, d.head):
+        layer.register_forward_hook(lambda _m, _i, out: found.append(out.detach()))
+    d(images, draw(1))  # noise drawn anew
+    for out in found:
+        assert torch.allclose(out.std(0), torch.ones(out.shape[1]), atol=0.15)
+
+
 def test_init_leaves_other_layers_alone() -> None:
     from torch.nn.utils.parametrizations import spectral_norm
 
@@ -109,6 +126,12 @@ def test_the_improved_gan_starts_with_rows_as_long_as_the_papers() -> None:
     for layer in (*d.layers, d.head):
         rows = layer.parametrizations.weight.original1.norm(dim=1)
         assert torch.allclose(rows.mean(), torch.tensor(0.1 * layer.in_features**0.5), rtol=0.05)
+
+
+def test_the_improved_gans_pixels_start_with_rows_of_length_one() -> None:
+    g = build_generator("mlp", (1, 28, 28), {"width": 20})
+    assert torch.allclose(g.pixels.weight.norm(dim=1), torch.ones(784))
+    assert g.pixels.parametrizations.weight.original0.requires_grad
 
 
 def test_the_books_batch_norm_normalizes_parts_apart() -> None:
