@@ -101,8 +101,6 @@ class OptimConfig:
     generator_lr: float = 1e-3
     betas: tuple[float, float] = (0.5, 0.999)
     """Adam's; SGD takes the first as its momentum"""
-    eps: float = 1e-8
-    """Adam's, beside the root of the second moment: gradients well below it move little"""
     decay: float = 0.33
     """last fraction of `train.steps` over which the rates go linearly to 0"""
     clip_norm: float | None = None
@@ -277,7 +275,6 @@ def check(config: Config) -> Config:
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
         "optim.lr": o.lr,
-        "optim.eps": o.eps,
         "ema.half_life": config.ema.half_life,
         "loss.temperature": config.loss.temperature,
     }

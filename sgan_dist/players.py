@@ -89,7 +89,7 @@ def make_optimizer(network: nn.Module, lr: float, config: OptimConfig) -> torch.
     """Adam or SGD over all of the network's parameters."""
     parameters = list(network.parameters())
     if config.name == "adam":
-        return torch.optim.Adam(parameters, lr, config.betas, config.eps, fused=True)
+        return torch.optim.Adam(parameters, lr, betas=config.betas, fused=True)
     return torch.optim.SGD(parameters, lr, momentum=config.betas[0], fused=True)
 
 
