@@ -66,8 +66,7 @@ class MLPGenerator(nn.Module):
         self.norm1 = GlobalBatchNorm(width)
         self.dense2 = nn.Linear(width, width, bias=False)
         self.norm2 = GlobalBatchNorm(width)
-        self.pixels = normed(nn.Linear(width, math.prod(image_shape)))
-        nn.init.ones_(self.pixels.get_parameter(GAIN))
+        self.pixels = nn.Linear(width, math.prod(image_shape))
 
     def latent(self, draw: Draw) -> Tensor:
         return draw.uniform(self.latent_size)

@@ -128,12 +128,6 @@ def test_the_improved_gan_starts_with_rows_as_long_as_the_papers() -> None:
         assert torch.allclose(rows.mean(), torch.tensor(0.1 * layer.in_features**0.5), rtol=0.05)
 
 
-def test_the_improved_gans_pixels_start_with_rows_of_length_one() -> None:
-    g = build_generator("mlp", (1, 28, 28), {"width": 20})
-    assert torch.allclose(g.pixels.weight.norm(dim=1), torch.ones(784))
-    assert g.pixels.parametrizations.weight.original0.requires_grad
-
-
 def test_the_books_batch_norm_normalizes_parts_apart() -> None:
     d = build_discriminator("book", (1, 28, 28), 10, {"dropout": 0}).double()
     real = torch.rand(6, 1, 28, 28, dtype=torch.float64)
