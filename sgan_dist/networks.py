@@ -115,16 +115,12 @@ def build(
     return Networks(player, generator, average, uniform)
 
 
-def initialize(
-    networks: Networks, first: SemiSupervisedBatch, config: Config, backend: Backend
-) -> None:
+def initialize(networks: Networks, first: SemiSupervisedBatch, backend: Backend) -> None:
     """Data-dependent first values of D, from the whole first global batch, alike on every rank."""
     parts = [first.labeled, first.unlabeled]
     images = torch.cat([gather_batch(to_float(part, backend)) for part in parts if len(part)])
     # In eval mode: batch norm must not take every rank's copy of the images for a part of a batch.
-    rows = {"first": Rows.of(len(images), 0, 1)}
-    draw = Draw(config.seed, "initialize", 0, rows, backend.device)
-    data_dependent_init(networks.discriminator.network.eval(), images, draw)
+    data_dependent_init(networks.discriminator.network.eval(), images)
     networks.discriminator.network.train()
     networks.average.load_state_dict(networks.discriminator.network.state_dict())
 

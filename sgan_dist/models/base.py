@@ -7,7 +7,7 @@ config; it is built as `Class(image_shape=(C, H, W), outputs=..., **args)` for a
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -78,12 +78,11 @@ def normed(layer: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def data_dependent_init(network: nn.Module, *inputs: Any) -> None:
-    """Scales weight-normed layers so that their outputs on `inputs` have mean 0 and variance 1.
+def data_dependent_init(network: nn.Module, images: Tensor) -> None:
+    """Scales weight-normed layers so that their outputs have mean 0 and variance 1 on `images`.
 
-    Salimans & Kingma 2016, sec. 3. Give it the same images on every rank, and the same draw: the
-    noise of training is part of what a layer sees. The variance is over the batch and, for maps,
-    over positions. Layers without a bias keep their mean, and those
+    Salimans & Kingma 2016, sec. 3. Run it on the same images on every rank. The variance is over
+    the batch and, for maps, over positions. Layers without a bias keep their mean, and those
     without weight norm are left as they are.
     """
 
@@ -106,7 +105,7 @@ def data_dependent_init(network: nn.Module, *inputs: Any) -> None:
     ]
     hooks = [layer.register_forward_hook(standardize) for layer in layers]
     try:
-        network(*inputs)
+        network(images)
     finally:
         for hook in hooks:
             hook.remove()
