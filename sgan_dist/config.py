@@ -89,6 +89,8 @@ class LossConfig:
     """of those targets: below 1 sharpens them"""
     consistency_rampup: int = 0
     """steps over which the weight rises from 0"""
+    threshold: float = 0.0
+    """targets whose largest probability, aligned and not yet sharpened, is below it are left out"""
 
 
 @dataclass(frozen=True)
@@ -301,6 +303,7 @@ def check(config: Config) -> Config:
         "loss.fake": config.loss.fake,
         "loss.consistency": config.loss.consistency,
         "loss.consistency_rampup": config.loss.consistency_rampup,
+        "loss.threshold": config.loss.threshold,
         "ema.rampup": config.ema.rampup,
         **{f"augment.{k}": v for k, v in dataclasses.asdict(config.augment).items()},
         **{
@@ -310,6 +313,8 @@ def check(config: Config) -> Config:
     for key, value in must_not_be_negative.items():
         if not (value >= 0 and math.isfinite(value)):
             raise UserError(f"{key} is {value}, and must not be negative")
+    if config.loss.threshold > 1:
+        raise UserError(f"loss.threshold is {config.loss.threshold}, and no probability is above 1")
     if not 0 <= o.decay <= 1:
         raise UserError(f"optim.decay is {o.decay}, and must be a fraction from 0 to 1")
     if o.clip_norm is not None and not o.clip_norm > 0:

@@ -104,5 +104,13 @@ def sharpened(p: Tensor, temperature: float) -> Tensor:
     return (p.log() / temperature).softmax(1)
 
 
+def confident(targets: Tensor, p: Tensor, threshold: float) -> Tensor:
+    """Targets (n, N), with zeros for images where no probability of p (n, N) is `threshold`.
+
+    FixMatch (Sohn et al. 2020, eq. 4): a row of zeros is no part of `soft_cross_entropy`.
+    """
+    return targets * (p.amax(1, keepdim=True) >= threshold)
+
+
 def _upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

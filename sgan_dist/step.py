@@ -68,6 +68,8 @@ def discriminator_step(
                 loss = losses.soft_cross_entropy(guesses, wanted, totals["unlabeled"])
                 ramp = min(1.0, (step + 1) / max(weights.consistency_rampup, 1))
                 terms["consistency"] = ramp * weights.consistency, loss
+                if weights.threshold:
+                    seen["d/confident"] = wanted.any(1).sum() / totals["unlabeled"]
             if (step + 1) % config.train.log_every == 0:  # a loss that moves nothing: an alarm
                 for name, (_, loss) in terms.items():
                     (gradient,) = torch.autograd.grad(loss, out.logits, retain_graph=True)
@@ -194,7 +196,10 @@ def _mean_features(
 def _targets(
     networks: Networks, unlabeled: Tensor, config: Config, backend: Backend, step: int
 ) -> Tensor:
-    """The averaged D's class probabilities of unlabeled images, aligned and sharpened, (n, N)."""
+    """The averaged D's class probabilities of unlabeled images, aligned and sharpened, (n, N).
+
+    Those of an image that it is not sure of, by `loss.threshold`, are zeros.
+    """
     found = []
     for part in _parts({"unlabeled": unlabeled}, "teacher", config, backend, step):
         images = augment(part.images["unlabeled"], config.teacher_augment, part.draw)
@@ -204,7 +209,9 @@ def _targets(
     p = torch.cat(found)
     mean = all_sum(p.sum(0)) / (len(p) * backend.world_size)
     networks.mean_prediction.lerp_(mean.to(backend.dtype), ALIGNMENT_MOMENTUM)
-    return losses.sharpened(losses.aligned(p, networks.mean_prediction), config.loss.temperature)
+    p = losses.aligned(p, networks.mean_prediction)
+    targets = losses.sharpened(p, config.loss.temperature)
+    return losses.confident(targets, p, config.loss.threshold)
 
 
 def _add(shares: dict[str, Tensor], more: dict[str, Tensor]) -> None:

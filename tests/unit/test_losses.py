@@ -123,3 +123,16 @@ def test_soft_cross_entropy_of_hard_targets_is_the_supervised_loss() -> None:
     targets = F.one_hot(LABELS, CLASSES).double()
     soft = losses.soft_cross_entropy(LOGITS, targets, N)
     assert torch.allclose(soft, losses.supervised(LOGITS, LABELS, N))
+
+
+def test_targets_below_the_threshold_have_no_part_in_the_loss() -> None:
+    p = torch.tensor([[0.8, 0.2], [0.5, 0.5], [0.1, 0.9]], dtype=torch.float64)
+    logits = LOGITS[:3, :2].clone().requires_grad_()
+    kept = losses.confident(losses.sharpened(p, 0.5), p, 0.8)
+    loss = losses.soft_cross_entropy(logits, kept, 3)
+    loss.backward()
+    one, two = p[[0, 2]] ** 2 / (p[[0, 2]] ** 2).sum(1, keepdim=True)
+    q = LOGITS[:3, :2].log_softmax(1)
+    assert torch.allclose(loss, -((one * q[0]).sum() + (two * q[2]).sum()) / 3)  # of all, not of 2
+    assert torch.equal(logits.grad[1], torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(losses.confident(p, p, 0.0), p)
