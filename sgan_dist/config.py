@@ -91,6 +91,8 @@ class LossConfig:
     """steps over which the weight rises from 0"""
     threshold: float = 0.0
     """targets whose largest probability, aligned and not yet sharpened, is below it are left out"""
+    entropy: float = 0.0
+    """weight of the entropy of the classes of unlabeled images"""
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def check(config: Config) -> Config:
             config,
             data=dataclasses.replace(config.data, unlabeled_batch=0),
             model=dataclasses.replace(config.model, generator=None),
-            loss=dataclasses.replace(config.loss, consistency=0.0),
+            loss=dataclasses.replace(config.loss, consistency=0.0, entropy=0.0),
             train=dataclasses.replace(config.train, baseline_steps=0),
         )
     d, t, o = config.data, config.train, config.optim
@@ -304,6 +306,7 @@ def check(config: Config) -> Config:
         "loss.consistency": config.loss.consistency,
         "loss.consistency_rampup": config.loss.consistency_rampup,
         "loss.threshold": config.loss.threshold,
+        "loss.entropy": config.loss.entropy,
         "ema.rampup": config.ema.rampup,
         **{f"augment.{k}": v for k, v in dataclasses.asdict(config.augment).items()},
         **{
