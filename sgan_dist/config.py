@@ -83,6 +83,8 @@ class LossConfig:
     fake: float = 0.5
     """weight of -log p(fake | G(z))"""
     generator: Literal["feature_matching", "non_saturating"] = "feature_matching"
+    label_smoothing: float = 0.0
+    """probability that labeled images' targets spread evenly over all the classes of the form"""
     consistency: float = 0.0
     """weight of the cross-entropy from the averaged D's targets on unlabeled images; 0: off"""
     temperature: float = 0.5
@@ -316,6 +318,11 @@ def check(config: Config) -> Config:
     for key, value in must_not_be_negative.items():
         if not (value >= 0 and math.isfinite(value)):
             raise UserError(f"{key} is {value}, and must not be negative")
+    if not 0 <= config.loss.label_smoothing < 1:
+        raise UserError(
+            f"loss.label_smoothing is {config.loss.label_smoothing}, and must be a fraction from 0 to"
+            " below 1"
+        )
     if config.loss.threshold > 1:
         raise UserError(f"loss.threshold is {config.loss.threshold}, and no probability is above 1")
     if not 0 <= o.decay <= 1:

@@ -39,9 +39,14 @@ def class_logits(logits: Tensor, form: Form) -> Tensor:
     return _upcast(logits if form == "implied" else logits[:, :-1])
 
 
-def supervised(logits: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Cross-entropy of labeled images; `count` is the global number of them."""
-    return F.cross_entropy(_upcast(logits), labels, reduction="sum") / count
+def supervised(logits: Tensor, labels: Tensor, count: int, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of labeled images; `count` is the global number of them.
+
+    Targets are `1 - smoothing` of the label and `smoothing` of the uniform distribution over all
+    the classes that the form has (Szegedy et al. 2016, sec. 7).
+    """
+    logits = _upcast(logits)
+    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing) / count
 
 
 def real(log_odds: Tensor, count: int) -> Tensor:

@@ -52,7 +52,8 @@ def discriminator_step(
             logits = dict(zip(part.images, out.logits.split(sizes), strict=True))
 
             y = labels[part.rows["labeled"]]
-            loss = losses.supervised(logits["labeled"], y, totals["labeled"])
+            count, smoothing = totals["labeled"], weights.label_smoothing
+            loss = losses.supervised(logits["labeled"], y, count, smoothing)
             terms = {"supervised": (1.0, loss)}
             wrong = losses.class_logits(logits["labeled"], form).argmax(1) != y
             seen = {"d/train_error": wrong.sum() / totals["labeled"]}

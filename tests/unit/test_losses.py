@@ -147,3 +147,10 @@ def test_entropy_value_and_gradient() -> None:
     assert torch.allclose(logits.grad, -p * (p.log() + each) / N)
     assert torch.allclose(losses.entropy(torch.zeros(1, 4), 1), torch.tensor(4.0).log())
     assert losses.entropy(torch.tensor([[2000.0, 0.0]]), 1) == 0
+
+
+def test_smoothed_labels_are_soft_targets() -> None:
+    logits = with_fake(LOGITS, FAKE_LOGIT)
+    soft = 0.9 * F.one_hot(LABELS, CLASSES + 1) + 0.1 / (CLASSES + 1)
+    expected = losses.soft_cross_entropy(logits, soft, N)
+    assert torch.allclose(losses.supervised(logits, LABELS, N, 0.1), expected)
