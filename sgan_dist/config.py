@@ -95,6 +95,8 @@ class LossConfig:
     """targets whose largest probability, aligned and not yet sharpened, is below it are left out"""
     entropy: float = 0.0
     """weight of the entropy of the classes of unlabeled images"""
+    pull_away: float = 0.0
+    """weight, in G's loss, of the squared cosines between its images' features"""
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,8 @@ def run_directory(argv: Sequence[str], default: Path | None = None) -> Path | No
 def check(config: Config) -> Config:
     """`config` as it will run, or a UserError that names the first value that can't be.
 
-    A supervised-only run takes no unlabeled images and has no generator, whatever else is said.
+    A supervised-only run takes no unlabeled images and has no generator, whatever else is said; and
+    without a generator there are no terms of real and fake.
     """
     if config.train.supervised_only:
         config = dataclasses.replace(
@@ -265,6 +268,8 @@ def check(config: Config) -> Config:
             loss=dataclasses.replace(config.loss, consistency=0.0, entropy=0.0),
             train=dataclasses.replace(config.train, baseline_steps=0),
         )
+    if config.model.generator is None:
+        config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, pull_away=0.0))
     d, t, o = config.data, config.train, config.optim
     must_be_positive = {
         "data.labeled_batch": d.labeled_batch,
@@ -309,6 +314,7 @@ def check(config: Config) -> Config:
         "loss.consistency_rampup": config.loss.consistency_rampup,
         "loss.threshold": config.loss.threshold,
         "loss.entropy": config.loss.entropy,
+        "loss.pull_away": config.loss.pull_away,
         "ema.rampup": config.ema.rampup,
         **{f"augment.{k}": v for k, v in dataclasses.asdict(config.augment).items()},
         **{
@@ -325,6 +331,8 @@ def check(config: Config) -> Config:
         )
     if config.loss.threshold > 1:
         raise UserError(f"loss.threshold is {config.loss.threshold}, and no probability is above 1")
+    if config.loss.pull_away and t.fake_batch < 2:
+        raise UserError("loss.pull_away compares images of one batch, and train.fake_batch is 1")
     if not 0 <= o.decay <= 1:
         raise UserError(f"optim.decay is {o.decay}, and must be a fraction from 0 to 1")
     if o.clip_norm is not None and not o.clip_norm > 0:

@@ -80,9 +80,7 @@ def discriminator_step(
                     seen[f"d/squared_logit_gradient/{name}"] = gradient.double().square().sum()
 
             _add(shares, {f"d/{name}": loss for name, (_, loss) in terms.items()} | seen)
-            networks.discriminator.backward(
-                torch.stack([weight * loss for weight, loss in terms.values()]).sum()
-            )
+            networks.discriminator.backward(_weighted(terms))
     return _update(networks.discriminator, "d", shares, config.optim.lr, config, step)
 
 
@@ -93,37 +91,44 @@ def generator_step(
     player, step = networks.generator, batch.step
     assert player is not None
     discriminator = networks.discriminator.network
-    matching = config.loss.generator == "feature_matching"
+    weights, matching = config.loss, config.loss.generator == "feature_matching"
     count, shares = config.train.fake_batch, dict[str, Tensor]()
-    real_mean = fake_mean = None
+    parts = config.train.accumulation * backend.world_size
+    real_mean = fake_mean = fake_scatter = features = None
     if matching:
         # Apart from the fakes: it needs no backward, and D does not mix samples of two parts.
         real = {"unlabeled": to_float(batch.unlabeled, backend)}
-        real_mean = _mean_features(discriminator, real, "generator/real", config, backend, step)
+        found = _features(discriminator, real, "generator/real", config, backend, step)
+        real_mean = losses.feature_mean(found, len(batch.unlabeled) * backend.world_size)
     # G sees its whole batch, which its batch norm mixes, and D part after part; the images'
     # gradients are passed on to G at the end.
     with player.part(last=True):
         fake = _generate(player, "generator", config, backend, step)
         leaf = fake.detach().requires_grad_()
-        if matching and config.train.accumulation > 1:
+        if (matching or weights.pull_away) and config.train.accumulation > 1:
             whole = {"fake": leaf}
-            fake_mean = _mean_features(
-                discriminator, whole, "generator/fake", config, backend, step
-            )
+            features = _features(discriminator, whole, "generator/fake", config, backend, step)
         for part in _parts({"fake": leaf}, "generator/fake", config, backend, step):
             images = augment(part.images["fake"], config.augment, part.draw)
             with frozen(discriminator), backend.autocast():
                 out = discriminator(images, part.draw)
+            fakes = features or [out.features]  # without accumulation, this part is all
             if real_mean is not None:
-                if fake_mean is None:  # this part is all
-                    fake_mean = losses.feature_mean([out.features], count)
-                parts = config.train.accumulation * backend.world_size
+                if fake_mean is None:
+                    fake_mean = losses.feature_mean(fakes, count)
                 loss = losses.feature_matching(real_mean, out.features, fake_mean, count, parts)
             else:
-                odds = losses.log_odds_real(out.logits, config.loss.form)
+                odds = losses.log_odds_real(out.logits, weights.form)
                 loss = losses.non_saturating(odds, count)
-            torch.autograd.backward(loss)
-            _add(shares, {f"g/{config.loss.generator}": loss})
+            terms: dict[str, tuple[float, Tensor]] = {weights.generator: (1.0, loss)}
+            if weights.pull_away:
+                if fake_scatter is None:
+                    fake_scatter = losses.scatter_of(fakes)
+                loss = losses.pull_away(out.features, fake_scatter, count, parts)
+                terms["pull_away"] = weights.pull_away, loss
+
+            _add(shares, {f"g/{name}": loss for name, (_, loss) in terms.items()})
+            torch.autograd.backward([_weighted(terms)])
         assert leaf.grad is not None
         player.backward((fake * leaf.grad).sum())
     return _update(player, "g", shares, config.optim.generator_lr, config, step)
@@ -177,23 +182,22 @@ def _parts(
 
 
 @torch.no_grad()
-def _mean_features(
+def _features(
     discriminator: nn.Module,
     whole: dict[str, Tensor],
     phase: str,
     config: Config,
     backend: Backend,
     step: int,
-) -> Tensor:
-    """The mean features (F,) of a global batch, of which `whole` is this rank's share."""
-    features, count = [], 0
+) -> list[Tensor]:
+    """The features (n, F) of this rank's images, `whole`, part after part."""
+    features = []
     for part in _parts(whole, phase, config, backend, step):
         (images,) = part.images.values()
         with frozen(discriminator), backend.autocast():
             out = discriminator(augment(images, config.augment, part.draw), part.draw)
         features.append(out.features)
-        count += len(images) * backend.world_size
-    return losses.feature_mean(features, count)
+    return features
 
 
 @torch.no_grad()
@@ -216,6 +220,11 @@ def _targets(
     p = losses.aligned(p, networks.mean_prediction)
     targets = losses.sharpened(p, config.loss.temperature)
     return losses.confident(targets, p, config.loss.threshold)
+
+
+def _weighted(terms: dict[str, tuple[float, Tensor]]) -> Tensor:
+    """The sum of losses by their weights."""
+    return torch.stack([weight * loss for weight, loss in terms.values()]).sum()
 
 
 def _add(shares: dict[str, Tensor], more: dict[str, Tensor]) -> None:

@@ -31,6 +31,15 @@ CONSISTENCY = (
     "--augment.elastic=1",
 )
 EXPLICIT = ("--loss.form=explicit", "--loss.generator=non_saturating", "--optim.clip_norm=1")
+TERMS = (
+    *CONSISTENCY,
+    "--optim.lr=1e-3",
+    "--optim.generator_lr=1e-3",
+    "--loss.threshold=0.4",
+    "--loss.entropy=0.3",
+    "--loss.label_smoothing=0.1",
+    "--loss.pull_away=1",
+)
 BOOK = (
     "--model.discriminator=book",
     "--model.generator=book",
@@ -90,10 +99,12 @@ def train_with_naive_matching(rank: int, config: Config) -> int:
         ((2,), "digits", BOOK),
         ((3,), "digits", MLP),
         ((3,), "windowed", CONSISTENCY),
+        ((2,), "digits", TERMS),
         pytest.param((3, 4), "digits", EXPLICIT, marks=pytest.mark.slow),
         pytest.param((3, 4), "digits", BOOK, marks=pytest.mark.slow),
         pytest.param((2, 4), "digits", MLP, marks=pytest.mark.slow),
         pytest.param((2, 4), "windowed", CONSISTENCY, marks=pytest.mark.slow),
+        pytest.param((3,), "digits", (*TERMS, *EXPLICIT), marks=pytest.mark.slow),
     ],
 )
 def test_ranks_train_as_one(
@@ -118,6 +129,7 @@ def test_ranks_train_as_one(
         (1, 4, ()),
         (2, 3, CONSISTENCY),
         (2, 2, EXPLICIT),
+        (2, 2, TERMS),
         pytest.param(3, 2, MLP, marks=pytest.mark.slow),
     ],
 )
