@@ -11,20 +11,22 @@ from sgan_dist.models.base import DiscriminatorOutput, check_divisible, dropout
 from sgan_dist.noise import Draw
 
 SLOPE = 0.01
+TRACKED = ("labeled", "unlabeled")  # real images as they are, each once
 
 
 class PartwiseBatchNorm(GlobalBatchNorm):
     """Batch norm that normalizes labeled, unlabeled and generated images apart, in one forward.
 
     As if each part were a batch of its own, over all ranks. The running averages, which evaluation
-    on real images uses, follow the real parts alone, and stand still while the network is frozen.
+    on real images uses, follow the `TRACKED` parts alone, and stand still while the network is
+    frozen.
     """
 
     def partwise(self, x: Tensor, draw: Draw | None) -> Tensor:
         if draw is None:
             return self.forward(x)
         parts = zip(draw.sizes, torch.split(x, list(draw.sizes.values())), strict=True)
-        return torch.cat([self.normalize(part, track=name != "fake") for name, part in parts])
+        return torch.cat([self.normalize(part, track=name in TRACKED) for name, part in parts])
 
 
 class BookDiscriminator(nn.Module):
