@@ -95,6 +95,8 @@ class LossConfig:
     """targets whose largest probability, aligned and not yet sharpened, is below it are left out"""
     entropy: float = 0.0
     """weight of the entropy of the classes of unlabeled images"""
+    r1: float = 0.0
+    """weight of half the squared gradient, in unlabeled images, of D's log odds that they are real"""
     pull_away: float = 0.0
     """weight, in G's loss, of the squared cosines between its images' features"""
 
@@ -269,7 +271,8 @@ def check(config: Config) -> Config:
             train=dataclasses.replace(config.train, baseline_steps=0),
         )
     if config.model.generator is None:
-        config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, pull_away=0.0))
+        loss = dataclasses.replace(config.loss, r1=0.0, pull_away=0.0)
+        config = dataclasses.replace(config, loss=loss)
     d, t, o = config.data, config.train, config.optim
     must_be_positive = {
         "data.labeled_batch": d.labeled_batch,
@@ -314,6 +317,7 @@ def check(config: Config) -> Config:
         "loss.consistency_rampup": config.loss.consistency_rampup,
         "loss.threshold": config.loss.threshold,
         "loss.entropy": config.loss.entropy,
+        "loss.r1": config.loss.r1,
         "loss.pull_away": config.loss.pull_away,
         "ema.rampup": config.ema.rampup,
         **{f"augment.{k}": v for k, v in dataclasses.asdict(config.augment).items()},

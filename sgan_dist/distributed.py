@@ -53,7 +53,7 @@ class _DifferentiableSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return all_sum(gradient)
+        return differentiable_sum(gradient)  # with a gradient of its own, where that is asked for
 
 
 def differentiable_sum(value: Tensor) -> Tensor:

@@ -129,6 +129,20 @@ def entropy(class_logits: Tensor, count: int) -> Tensor:
     return -(class_logits.softmax(1) * class_logits.log_softmax(1)).sum() / count
 
 
+def gradient_penalty(log_odds: Tensor, images: Tensor, count: int) -> Tensor:
+    """Half the mean squared length of d log_odds_i / d image_i: R1 of Mescheder et al. 2018, eq. 9.
+
+    Its weight is their gamma. It can be back-propagated, by a second derivative.
+
+    Args:
+        log_odds: of real, (n,), of images of a global batch of `count`.
+        images: what they come from, and other images with no part in them, (m, C, H, W).
+        count: see there.
+    """
+    (gradient,) = torch.autograd.grad(log_odds.sum(), images, create_graph=True)
+    return _upcast(gradient).square().sum() / (2 * count)
+
+
 def aligned(p: Tensor, mean: Tensor) -> Tensor:
     """Distributions p (n, N) corrected by the ratio of the uniform marginal to their mean (N,).
 

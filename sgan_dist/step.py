@@ -46,6 +46,7 @@ def discriminator_step(
         with networks.discriminator.part(part.last):
             # Positions need fp32: augmentation stays outside of autocast, here and below.
             images = augment(torch.cat(list(part.images.values())), config.augment, part.draw)
+            images.requires_grad_(weights.r1 > 0)
             with backend.autocast():
                 out = networks.discriminator.wrapped(images, part.draw)
             sizes = list(part.draw.sizes.values())
@@ -78,6 +79,10 @@ def discriminator_step(
                 for name, (_, loss) in terms.items():
                     (gradient,) = torch.autograd.grad(loss, out.logits, retain_graph=True)
                     seen[f"d/squared_logit_gradient/{name}"] = gradient.double().square().sum()
+
+            if weights.r1:  # after the alarm: it trains D by more than the logits' gradient
+                loss = losses.gradient_penalty(odds["unlabeled"], images, totals["unlabeled"])
+                terms["r1"] = weights.r1, loss
 
             _add(shares, {f"d/{name}": loss for name, (_, loss) in terms.items()} | seen)
             networks.discriminator.backward(_weighted(terms))

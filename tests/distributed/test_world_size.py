@@ -39,6 +39,7 @@ TERMS = (
     "--loss.entropy=0.3",
     "--loss.label_smoothing=0.1",
     "--loss.pull_away=1",
+    "--loss.r1=0.1",
 )
 BOOK = (
     "--model.discriminator=book",
@@ -48,6 +49,7 @@ BOOK = (
     "--loss.generator=non_saturating",
     "--optim.lr=1e-3",
     "--optim.generator_lr=1e-3",
+    "--loss.r1=0.1",
     "--train.steps=8",
 )
 MLP = (
@@ -202,7 +204,8 @@ def test_world_size_may_change_at_any_checkpoint(digits: Path, tmp_path: Path) -
     assert same < 1e-12
 
 
-def test_bf16_trains_on_two_ranks(digits: Path, tmp_path: Path) -> None:
-    config = small_config(digits, tmp_path, "--train.precision=bf16", "--train.steps=4")
+@pytest.mark.parametrize("options", [(), TERMS])
+def test_bf16_trains_on_two_ranks(options: tuple[str, ...], digits: Path, tmp_path: Path) -> None:
+    config = small_config(digits, tmp_path, *options, "--train.precision=bf16", "--train.steps=4")
     assert run_ranks(2, train, config) == [0, 0]
     assert all(tensor.isfinite().all() for tensor in parameters(tmp_path).values())

@@ -178,3 +178,16 @@ def test_pull_away_is_the_naive_sum_over_pairs() -> None:
         sum(shares).backward()
         live = [0, 1, 2, 4]
         assert torch.allclose(features.grad[live], expected[live])
+
+
+def test_gradient_penalty_value_and_gradient() -> None:
+    a = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    images = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+
+    def penalty(a: torch.Tensor) -> torch.Tensor:
+        odds = (images * a).sum(1).square()  # its gradient is 2 (a.x) a
+        return losses.gradient_penalty(odds[:2], images, 2)  # the other images have no part
+
+    slopes = 2 * (images[:2] @ a).unsqueeze(1) * a
+    assert torch.allclose(penalty(a), slopes.square().sum(1).mean() / 2)
+    assert torch.autograd.gradcheck(penalty, a)
