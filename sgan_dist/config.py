@@ -95,6 +95,11 @@ class LossConfig:
     """targets whose largest probability, aligned and not yet sharpened, is below it are left out"""
     entropy: float = 0.0
     """weight of the entropy of the classes of unlabeled images"""
+    vat: float = 0.0
+    """weight of the divergence of the classes of unlabeled images from those of images moved a little
+    to where they change most (virtual adversarial training)"""
+    vat_radius: float = 2.0
+    """how far such an image is moved: the length of the step, over all of its pixels in [-1, 1]"""
     r1: float = 0.0
     """weight of half the squared gradient, in unlabeled images, of D's log odds that they are real"""
     pull_away: float = 0.0
@@ -267,7 +272,7 @@ def check(config: Config) -> Config:
             config,
             data=dataclasses.replace(config.data, unlabeled_batch=0),
             model=dataclasses.replace(config.model, generator=None),
-            loss=dataclasses.replace(config.loss, consistency=0.0, entropy=0.0),
+            loss=dataclasses.replace(config.loss, consistency=0.0, entropy=0.0, vat=0.0),
             train=dataclasses.replace(config.train, baseline_steps=0),
         )
     if config.model.generator is None:
@@ -317,6 +322,8 @@ def check(config: Config) -> Config:
         "loss.consistency_rampup": config.loss.consistency_rampup,
         "loss.threshold": config.loss.threshold,
         "loss.entropy": config.loss.entropy,
+        "loss.vat": config.loss.vat,
+        "loss.vat_radius": config.loss.vat_radius,
         "loss.r1": config.loss.r1,
         "loss.pull_away": config.loss.pull_away,
         "ema.rampup": config.ema.rampup,

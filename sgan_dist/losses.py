@@ -129,6 +129,22 @@ def entropy(class_logits: Tensor, count: int) -> Tensor:
     return -(class_logits.softmax(1) * class_logits.log_softmax(1)).sum() / count
 
 
+def divergence(p: Tensor, class_logits: Tensor, count: int) -> Tensor:
+    """KL(p || softmax(class_logits)), both (n, N), p without gradient; `count` is global.
+
+    Of images and of the same after a step, Miyato et al. 2018, eq. 5.
+    """
+    return F.kl_div(class_logits.log_softmax(1), p, reduction="sum") / count
+
+
+def directions(x: Tensor) -> Tensor:
+    """x (n, ...) with every sample scaled to length 1, however short it is; zeros stay zeros."""
+    rows = x.flatten(1)
+    largest = rows.abs().amax(1, keepdim=True)
+    rows = rows / largest.clamp_min(torch.finfo(x.dtype).tiny)  # whose squares do not underflow
+    return F.normalize(rows).view_as(x)
+
+
 def gradient_penalty(log_odds: Tensor, images: Tensor, count: int) -> Tensor:
     """Half the mean squared length of d log_odds_i / d image_i: R1 of Mescheder et al. 2018, eq. 9.
 

@@ -20,6 +20,9 @@ from sgan_dist.noise import Draw, Rows
 from sgan_dist.players import Backend, Player, frozen
 
 ALIGNMENT_MOMENTUM = 0.01  # of the averaged D's mean prediction
+PROBE = 0.1  # step that finds the adversarial direction: half a grey level a pixel at 28x28
+# Unlabeled images once more in the pass of D, moved to where their classes change most.
+MOVED = "unlabeled/moved"
 
 
 def discriminator_step(
@@ -37,6 +40,8 @@ def discriminator_step(
         whole["unlabeled"] = to_float(batch.unlabeled, backend)
     if networks.generator is not None:
         whole["fake"] = _generate(networks.generator, "discriminator", config, backend, step)
+    if weights.vat:
+        whole[MOVED] = whole["unlabeled"]
     totals = {name: len(images) * backend.world_size for name, images in whole.items()}
     targets = None
     if weights.consistency:
@@ -46,10 +51,14 @@ def discriminator_step(
         with networks.discriminator.part(part.last):
             # Positions need fp32: augmentation stays outside of autocast, here and below.
             images = augment(torch.cat(list(part.images.values())), config.augment, part.draw)
+            sizes = list(part.draw.sizes.values())
+            if weights.vat:
+                views = dict(zip(part.images, torch.split(images, sizes), strict=True))
+                views[MOVED], unmoved = _moved(networks, views[MOVED], part, config, backend, step)
+                images = torch.cat(list(views.values()))
             images.requires_grad_(weights.r1 > 0)
             with backend.autocast():
                 out = networks.discriminator.wrapped(images, part.draw)
-            sizes = list(part.draw.sizes.values())
             logits = dict(zip(part.images, out.logits.split(sizes), strict=True))
 
             y = labels[part.rows["labeled"]]
@@ -75,6 +84,9 @@ def discriminator_step(
             if weights.entropy:
                 guesses = losses.class_logits(logits["unlabeled"], form)
                 terms["entropy"] = weights.entropy, losses.entropy(guesses, totals["unlabeled"])
+            if weights.vat:
+                guesses = losses.class_logits(logits[MOVED], form)
+                terms["vat"] = weights.vat, losses.divergence(unmoved, guesses, totals[MOVED])
             if (step + 1) % config.train.log_every == 0:  # a loss that moves nothing: an alarm
                 for name, (_, loss) in terms.items():
                     (gradient,) = torch.autograd.grad(loss, out.logits, retain_graph=True)
@@ -164,6 +176,8 @@ class _Part:
     images: dict[str, Tensor]
     rows: dict[str, slice]
     """their places among this rank's images"""
+    held: dict[str, Rows]
+    """their places in the global batch"""
     draw: Draw
     last: bool
 
@@ -183,7 +197,7 @@ def _parts(
             drawn[name] = Rows(total, first + mine.start, first + mine.stop)
         draw = Draw(config.seed, phase, step, drawn, backend.device)
         images_of = {name: whole[name][place] for name, place in rows.items()}
-        yield _Part(images_of, rows, draw, number == parts - 1)
+        yield _Part(images_of, rows, drawn, draw, number == parts - 1)
 
 
 @torch.no_grad()
@@ -230,6 +244,30 @@ def _targets(
 def _weighted(terms: dict[str, tuple[float, Tensor]]) -> Tensor:
     """The sum of losses by their weights."""
     return torch.stack([weight * loss for weight, loss in terms.values()]).sum()
+
+
+def _moved(
+    networks: Networks, images: Tensor, part: _Part, config: Config, backend: Backend, step: int
+) -> tuple[Tensor, Tensor]:
+    """Images (n, C, H, W) after a step to where p(y|x) changes most, and p(y|x) before it, (n, N).
+
+    Miyato et al. 2018, eqs. 6-8: from a random direction, one power iteration, by the difference of
+    two gradients, of which one is 0. Both the step and p(y|x) are those of D without its noise, and
+    in full precision, as bf16 would round the probe away; D then learns p(y|x) on the moved image
+    with its noise.
+    """
+    form, held = config.loss.form, {MOVED: part.held[MOVED]}
+    draw = Draw(config.seed, "adversary", step, held, backend.device)
+    start = losses.directions(draw.normal(*images.shape[1:]).to(images.dtype))
+    probe = (images + PROBE * start).requires_grad_()
+    with frozen(networks.discriminator.network) as network:
+        with torch.no_grad():
+            p = losses.class_logits(network(images).logits, form).double().softmax(1)
+        # fp64: where D is sure, both distributions are the same in fp32
+        guesses = losses.class_logits(network(probe).logits, form).double()
+    (gradient,) = torch.autograd.grad(losses.divergence(p, guesses, 1), probe)
+    moved = images + config.loss.vat_radius * losses.directions(gradient)
+    return moved, p.to(images.dtype)
 
 
 def _add(shares: dict[str, Tensor], more: dict[str, Tensor]) -> None:

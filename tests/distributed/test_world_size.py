@@ -40,6 +40,7 @@ TERMS = (
     "--loss.label_smoothing=0.1",
     "--loss.pull_away=1",
     "--loss.r1=0.1",
+    "--loss.vat=1",
 )
 BOOK = (
     "--model.discriminator=book",
@@ -50,6 +51,7 @@ BOOK = (
     "--optim.lr=1e-3",
     "--optim.generator_lr=1e-3",
     "--loss.r1=0.1",
+    "--loss.vat=1",
     "--train.steps=8",
 )
 MLP = (

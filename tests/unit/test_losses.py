@@ -191,3 +191,21 @@ def test_gradient_penalty_value_and_gradient() -> None:
     slopes = 2 * (images[:2] @ a).unsqueeze(1) * a
     assert torch.allclose(penalty(a), slopes.square().sum(1).mean() / 2)
     assert torch.autograd.gradcheck(penalty, a)
+
+
+def test_divergence_value_and_gradient() -> None:
+    p = FAKE_LOGIT.sigmoid() * F.one_hot(LABELS, CLASSES) + (1 - FAKE_LOGIT.sigmoid()) / CLASSES
+    logits = LOGITS.clone().requires_grad_()
+    loss = losses.divergence(p, logits, N)
+    loss.backward()
+    assert torch.allclose(loss, (p * (p / LOGITS.softmax(1)).log()).sum(1).mean())
+    assert torch.allclose(logits.grad, (LOGITS.softmax(1) - p) / N)
+    assert torch.allclose(losses.divergence(LOGITS.softmax(1), LOGITS, N), torch.zeros(1).double())
+    sure = torch.tensor([[1.0, 0.0]])
+    assert losses.divergence(sure, torch.tensor([[800.0, 0.0]]), 1) == 0
+
+
+def test_directions_have_length_one_however_short_the_vector() -> None:
+    x = torch.tensor([[3.0, 4.0], [0.0, -1e-30], [0.0, 0.0]]).view(3, 1, 2)
+    expected = torch.tensor([[0.6, 0.8], [0.0, -1.0], [0.0, 0.0]]).view(3, 1, 2)
+    assert torch.allclose(losses.directions(x), expected)
