@@ -102,6 +102,9 @@ class LossConfig:
     """how far such an image is moved: the length of the step, over all of its pixels in [-1, 1]"""
     r1: float = 0.0
     """weight of half the squared gradient, in unlabeled images, of D's log odds that they are real"""
+    balanced: float = 0.0
+    """weight of the squared difference of D's log odds of real between two augmentations of an image,
+    over unlabeled images and over fakes"""
     pull_away: float = 0.0
     """weight, in G's loss, of the squared cosines between its images' features"""
 
@@ -276,7 +279,7 @@ def check(config: Config) -> Config:
             train=dataclasses.replace(config.train, baseline_steps=0),
         )
     if config.model.generator is None:
-        loss = dataclasses.replace(config.loss, r1=0.0, pull_away=0.0)
+        loss = dataclasses.replace(config.loss, r1=0.0, balanced=0.0, pull_away=0.0)
         config = dataclasses.replace(config, loss=loss)
     d, t, o = config.data, config.train, config.optim
     must_be_positive = {
@@ -325,6 +328,7 @@ def check(config: Config) -> Config:
         "loss.vat": config.loss.vat,
         "loss.vat_radius": config.loss.vat_radius,
         "loss.r1": config.loss.r1,
+        "loss.balanced": config.loss.balanced,
         "loss.pull_away": config.loss.pull_away,
         "ema.rampup": config.ema.rampup,
         **{f"augment.{k}": v for k, v in dataclasses.asdict(config.augment).items()},

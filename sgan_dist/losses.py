@@ -159,6 +159,15 @@ def gradient_penalty(log_odds: Tensor, images: Tensor, count: int) -> Tensor:
     return _upcast(gradient).square().sum() / (2 * count)
 
 
+def squared_difference(log_odds: Tensor, again: Tensor, count: int) -> Tensor:
+    """(t - t')^2 of log odds (n,) of two augmentations of each of `count` images over all ranks.
+
+    Balanced consistency, for real images and for fakes: Zhao et al. 2021, eqs. 3 and 4. The gradient
+    goes by both.
+    """
+    return (log_odds - again).square().sum() / count
+
+
 def aligned(p: Tensor, mean: Tensor) -> Tensor:
     """Distributions p (n, N) corrected by the ratio of the uniform marginal to their mean (N,).
 

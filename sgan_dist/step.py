@@ -21,8 +21,9 @@ from sgan_dist.players import Backend, Player, frozen
 
 ALIGNMENT_MOMENTUM = 0.01  # of the averaged D's mean prediction
 PROBE = 0.1  # step that finds the adversarial direction: half a grey level a pixel at 28x28
-# Unlabeled images once more in the pass of D, moved to where their classes change most.
-MOVED = "unlabeled/moved"
+# Images that are in the pass of D once more, each with an augmentation and noise of its own:
+MOVED = "unlabeled/moved"  # to where their classes change most
+AGAIN = {"unlabeled": "unlabeled/again", "fake": "fake/again"}
 
 
 def discriminator_step(
@@ -42,6 +43,8 @@ def discriminator_step(
         whole["fake"] = _generate(networks.generator, "discriminator", config, backend, step)
     if weights.vat:
         whole[MOVED] = whole["unlabeled"]
+    if weights.balanced:
+        whole |= {again: whole[name] for name, again in AGAIN.items()}
     totals = {name: len(images) * backend.world_size for name, images in whole.items()}
     targets = None
     if weights.consistency:
@@ -87,6 +90,14 @@ def discriminator_step(
             if weights.vat:
                 guesses = losses.class_logits(logits[MOVED], form)
                 terms["vat"] = weights.vat, losses.divergence(unmoved, guesses, totals[MOVED])
+            if weights.balanced:
+                twice = [
+                    losses.squared_difference(
+                        odds[name], losses.log_odds_real(logits[again], form), totals[name]
+                    )
+                    for name, again in AGAIN.items()
+                ]
+                terms["balanced"] = weights.balanced, torch.stack(twice).sum()
             if (step + 1) % config.train.log_every == 0:  # a loss that moves nothing: an alarm
                 for name, (_, loss) in terms.items():
                     (gradient,) = torch.autograd.grad(loss, out.logits, retain_graph=True)

@@ -41,6 +41,7 @@ TERMS = (
     "--loss.pull_away=1",
     "--loss.r1=0.1",
     "--loss.vat=1",
+    "--loss.balanced=0.1",
 )
 BOOK = (
     "--model.discriminator=book",
@@ -52,6 +53,7 @@ BOOK = (
     "--optim.generator_lr=1e-3",
     "--loss.r1=0.1",
     "--loss.vat=1",
+    "--loss.balanced=0.1",
     "--train.steps=8",
 )
 MLP = (

@@ -209,3 +209,12 @@ def test_directions_have_length_one_however_short_the_vector() -> None:
     x = torch.tensor([[3.0, 4.0], [0.0, -1e-30], [0.0, 0.0]]).view(3, 1, 2)
     expected = torch.tensor([[0.6, 0.8], [0.0, -1.0], [0.0, 0.0]]).view(3, 1, 2)
     assert torch.allclose(losses.directions(x), expected)
+
+
+def test_squared_difference_value_and_gradient() -> None:
+    one = torch.tensor([1.0, 2.0], requires_grad=True)
+    two = torch.tensor([3.0, 1.0], requires_grad=True)
+    loss = losses.squared_difference(one, two, 4)  # half of the global batch
+    loss.backward()
+    assert loss.item() == pytest.approx(5 / 4)
+    assert torch.equal(one.grad, torch.tensor([-1.0, 0.5])) and torch.equal(two.grad, -one.grad)
