@@ -5,7 +5,6 @@ Precedence: defaults here < `--config a.yaml` < `--config b.yaml` < `--optim.lr=
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -96,15 +95,13 @@ class LossConfig:
     entropy: float = 0.0
     """weight of the entropy of the classes of unlabeled images"""
     vat: float = 0.0
-    """weight of the divergence of the classes of unlabeled images from those of images moved a little
-    to where they change most (virtual adversarial training)"""
+    """weight of the change of unlabeled images' classes by a small adversarial step (VAT)"""
     vat_radius: float = 2.0
     """how far such an image is moved: the length of the step, over all of its pixels in [-1, 1]"""
     r1: float = 0.0
     """weight of half the squared gradient, in unlabeled images, of D's log odds that they are real"""
     balanced: float = 0.0
-    """weight of the squared difference of D's log odds of real between two augmentations of an image,
-    over unlabeled images and over fakes"""
+    """weight of the squared difference of D's log odds of real between two augmentations (bCR)"""
     pull_away: float = 0.0
     """weight, in G's loss, of the squared cosines between its images' features"""
 
@@ -247,23 +244,6 @@ def parse(argv: Sequence[str], default: Path | None = None) -> tuple[Config, boo
     return Config(**config), dry_run
 
 
-def run_directory(argv: Sequence[str], default: Path | None = None) -> Path | None:
-    """Where a command line that `parse` refuses would have run, as far as it can be told."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", action="append", type=Path)
-    parser.add_argument("--run_dir")
-    parser.add_argument("--name")
-    try:
-        given, _ = parser.parse_known_args(argv)
-        named: dict[str, Any] = {}
-        for path in given.config or ([] if default is None else [default]):
-            named |= yaml.safe_load(path.read_text())
-        named |= {key: value for key, value in vars(given).items() if value is not None}
-        return Path(named.get("run_dir") or f"runs/{named['name']}")
-    except (argparse.ArgumentError, OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-        return None  # what is wrong is being told already
-
-
 def check(config: Config) -> Config:
     """`config` as it will run, or a UserError that names the first value that can't be.
 
@@ -319,18 +299,12 @@ def check(config: Config) -> Config:
         "train.evaluate_every": t.evaluate_every,
         "train.sample_every": t.sample_every,
         "train.replica_check_every": t.replica_check_every,
-        "loss.unlabeled": config.loss.unlabeled,
-        "loss.fake": config.loss.fake,
-        "loss.consistency": config.loss.consistency,
-        "loss.consistency_rampup": config.loss.consistency_rampup,
-        "loss.threshold": config.loss.threshold,
-        "loss.entropy": config.loss.entropy,
-        "loss.vat": config.loss.vat,
-        "loss.vat_radius": config.loss.vat_radius,
-        "loss.r1": config.loss.r1,
-        "loss.balanced": config.loss.balanced,
-        "loss.pull_away": config.loss.pull_away,
         "ema.rampup": config.ema.rampup,
+        **{
+            f"loss.{k}": v
+            for k, v in dataclasses.asdict(config.loss).items()
+            if not isinstance(v, str)
+        },
         **{f"augment.{k}": v for k, v in dataclasses.asdict(config.augment).items()},
         **{
             f"teacher_augment.{k}": v for k, v in dataclasses.asdict(config.teacher_augment).items()
@@ -339,11 +313,8 @@ def check(config: Config) -> Config:
     for key, value in must_not_be_negative.items():
         if not (value >= 0 and math.isfinite(value)):
             raise UserError(f"{key} is {value}, and must not be negative")
-    if not 0 <= config.loss.label_smoothing < 1:
-        raise UserError(
-            f"loss.label_smoothing is {config.loss.label_smoothing}, and must be a fraction from 0 to"
-            " below 1"
-        )
+    if config.loss.label_smoothing >= 1:
+        raise UserError(f"loss.label_smoothing is {config.loss.label_smoothing}: give less than 1")
     if config.loss.threshold > 1:
         raise UserError(f"loss.threshold is {config.loss.threshold}, and no probability is above 1")
     if config.loss.pull_away and t.fake_batch < 2:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import fcntl
 import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+import yaml
 
 from sgan_dist.config import Config, save
 from sgan_dist.data.remote import is_remote
@@ -20,6 +23,23 @@ from sgan_dist.errors import Outage, UserError
 from sgan_dist.players import Backend
 
 _locks: list[TextIO] = []  # open files: closing one would give its lock up
+
+
+def run_directory(argv: Sequence[str], default: Path | None = None) -> Path | None:
+    """Where a command line that `parse` refuses would have run, as far as it can be told."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="append", type=Path)
+    parser.add_argument("--run_dir")
+    parser.add_argument("--name")
+    try:
+        given, _ = parser.parse_known_args(argv)
+        named: dict[str, Any] = {}
+        for path in given.config or ([] if default is None else [default]):
+            named |= yaml.safe_load(path.read_text())
+        named |= {key: value for key, value in vars(given).items() if value is not None}
+        return Path(named.get("run_dir") or f"runs/{named['name']}")
+    except (argparse.ArgumentError, OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return None  # what is wrong is being told already
 
 
 def claim(config: Config) -> None:

@@ -20,7 +20,6 @@ from sgan_dist.noise import Draw, Rows
 from sgan_dist.players import Backend, Player, frozen
 
 ALIGNMENT_MOMENTUM = 0.01  # of the averaged D's mean prediction
-PROBE = 0.1  # step that finds the adversarial direction: half a grey level a pixel at 28x28
 # Images that are in the pass of D once more, each with an augmentation and noise of its own:
 MOVED = "unlabeled/moved"  # to where their classes change most
 AGAIN = {"unlabeled": "unlabeled/again", "fake": "fake/again"}
@@ -262,21 +261,21 @@ def _moved(
 ) -> tuple[Tensor, Tensor]:
     """Images (n, C, H, W) after a step to where p(y|x) changes most, and p(y|x) before it, (n, N).
 
-    Miyato et al. 2018, eqs. 6-8: from a random direction, one power iteration, by the difference of
-    two gradients, of which one is 0. Both the step and p(y|x) are those of D without its noise, and
-    in full precision, as bf16 would round the probe away; D then learns p(y|x) on the moved image
+    Miyato et al. 2018, eqs. 6-8, one power iteration from a random direction; the Hessian times that
+    direction is exact, as finite differences would be rounded away. Both the step and p(y|x) are
+    those of D without its noise, and in full precision; D then learns p(y|x) on the moved image
     with its noise.
     """
     form, held = config.loss.form, {MOVED: part.held[MOVED]}
     draw = Draw(config.seed, "adversary", step, held, backend.device)
     start = losses.directions(draw.normal(*images.shape[1:]).to(images.dtype))
-    probe = (images + PROBE * start).requires_grad_()
+    here = images.clone().requires_grad_()
     with frozen(networks.discriminator.network) as network:
-        with torch.no_grad():
-            p = losses.class_logits(network(images).logits, form).double().softmax(1)
-        # fp64: where D is sure, both distributions are the same in fp32
-        guesses = losses.class_logits(network(probe).logits, form).double()
-    (gradient,) = torch.autograd.grad(losses.divergence(p, guesses, 1), probe)
+        # fp64: where D is sure, little but rounding is left of the Hessian in fp32
+        guesses = losses.class_logits(network(here).logits, form).double()
+    p = guesses.detach().softmax(1)
+    (slope,) = torch.autograd.grad(losses.divergence(p, guesses, 1), here, create_graph=True)
+    (gradient,) = torch.autograd.grad((slope * start).sum(), here)  # the slope itself is 0 here
     moved = images + config.loss.vat_radius * losses.directions(gradient)
     return moved, p.to(images.dtype)
 

@@ -14,7 +14,7 @@ import torch
 
 from sgan_dist import alarms, checkpoint, launcher, preemption, rundir
 from sgan_dist.backend import open_backend
-from sgan_dist.config import Config, check, meaning, parse, run_directory, supervised
+from sgan_dist.config import Config, check, meaning, parse, supervised
 from sgan_dist.data.index import DatasetIndex
 from sgan_dist.data.loader import SemiSupervisedBatch, SemiSupervisedLoader
 from sgan_dist.data.reader import Skip
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         if is_rank_zero():
             say(f"error: {error}")
-            run = run_directory(argv, DEFAULT_CONFIG)
+            run = rundir.run_directory(argv, DEFAULT_CONFIG)
             if run is not None and "--dry_run" not in argv:
                 rundir.mark_failed(run, str(error))
             preemption.tell(f"failed: {error}")

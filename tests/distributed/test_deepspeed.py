@@ -22,7 +22,10 @@ from sgan_dist.errors import UserError
 from sgan_dist.models import build_discriminator, build_generator
 from sgan_dist.models.base import data_dependent_init
 from sgan_dist.players import frozen
+from sgan_dist.trainer import fit
 from sgan_dist.zero_config import Filling, fill, from_environment, read
+from tests.conftest import small_config
+from tests.distributed.test_world_size import TERMS, largest_difference, parameters
 from tests.ranks import REPOSITORY, free_port, run, run_ranks
 
 pytestmark = pytest.mark.skipif(
@@ -430,6 +433,25 @@ def test_contradictions_are_refused(config: dict[str, Any], said: str) -> None:
 def test_fp64_is_refused() -> None:
     with pytest.raises(UserError, match="run without it"):
         fill({}, replace(FILLING, precision="fp64"), parameters=1)
+
+
+def fitted(rank: int, config: Config) -> int:
+    warnings.simplefilter("ignore")
+    return fit(config)
+
+
+def test_every_term_but_r1_trains_as_without_deepspeed(digits: Path, tmp_path: Path) -> None:
+    options = ("--optim.name=sgd", *TERMS, "--loss.r1=0", "--train.accumulation=2")
+    for name, more in (("plain", ()), ("zero", (f"--train.deepspeed={CONFIGS}/zero2.json",))):
+        config = small_config(digits, tmp_path / name, *options, *more, "--train.steps=6")
+        assert run_ranks(2, fitted, config) == [0, 0]
+    assert largest_difference(parameters(tmp_path / "plain"), parameters(tmp_path / "zero")) < 1e-5
+
+
+def test_r1_is_refused(digits: Path, tmp_path: Path) -> None:
+    zero = f"--train.deepspeed={CONFIGS}/zero2.json"
+    with pytest.raises(UserError, match=r"loss\.r1 takes a gradient through D"):
+        fit(small_config(digits, tmp_path, zero, "--loss.r1=1"))
 
 
 def test_accelerates_variables_stand_for_a_file(tmp_path: Path) -> None:

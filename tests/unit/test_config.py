@@ -12,11 +12,11 @@ from sgan_dist.config import (
     load,
     meaning,
     parse,
-    run_directory,
     save,
     supervised,
 )
 from sgan_dist.errors import UserError
+from sgan_dist.rundir import run_directory
 
 
 def test_layers_and_overrides(tmp_path: Path) -> None:
@@ -68,6 +68,9 @@ def test_saved_configs_are_read_back(tmp_path: Path) -> None:
         ("--seed=99999999999999999999999", "seed is 9999"),
         ("--data.workers=-1", "data.workers is -1"),
         ("--loss.form=both", "loss.form"),
+        ("--loss.vat=-1", "loss.vat is -1.0, and must not be negative"),
+        ("--loss.threshold=1.1", "loss.threshold is 1.1"),
+        ("--loss.label_smoothing=1", "loss.label_smoothing is 1.0"),
         ("--config=nowhere.yaml", "nowhere.yaml"),
     ],
 )
@@ -91,6 +94,18 @@ def test_a_supervised_run_takes_no_unlabeled_images() -> None:
     baseline = supervised(parse(["--train.baseline_steps=40", "--name=x"])[0])
     assert baseline.train.supervised_only and baseline.train.steps == 40
     assert baseline.directory == Path("runs/x/supervised")
+
+
+def test_terms_without_their_images_are_off() -> None:
+    names = ("consistency", "entropy", "vat", "r1", "balanced", "pull_away")
+    said = [f"--loss.{name}=1" for name in names]
+    without = check(parse([*said, "--model.generator=null"])[0]).loss
+    assert (without.consistency, without.entropy, without.vat) == (1, 1, 1)
+    assert (without.r1, without.balanced, without.pull_away) == (0, 0, 0)
+    alone = check(parse([*said, "--train.supervised_only=true"])[0]).loss
+    assert not any(getattr(alone, name) for name in names)
+    with pytest.raises(UserError, match=r"train\.fake_batch is 1"):
+        check(parse([*said, "--train.fake_batch=1"])[0])
 
 
 def test_the_run_directory_of_a_refused_command_line_is_known(tmp_path: Path) -> None:
