@@ -442,10 +442,11 @@ def fitted(rank: int, config: Config) -> int:
 
 def test_every_term_but_r1_trains_as_without_deepspeed(digits: Path, tmp_path: Path) -> None:
     options = ("--optim.name=sgd", *TERMS, "--loss.r1=0", "--train.accumulation=2")
+    # Two steps: an adversarial step in fp32 soon turns a last bit into another unit's kink.
     for name, more in (("plain", ()), ("zero", (f"--train.deepspeed={CONFIGS}/zero2.json",))):
-        config = small_config(digits, tmp_path / name, *options, *more, "--train.steps=6")
+        config = small_config(digits, tmp_path / name, *options, *more, "--train.steps=2")
         assert run_ranks(2, fitted, config) == [0, 0]
-    assert largest_difference(parameters(tmp_path / "plain"), parameters(tmp_path / "zero")) < 1e-5
+    assert largest_difference(parameters(tmp_path / "plain"), parameters(tmp_path / "zero")) < 1e-6
 
 
 def test_r1_is_refused(digits: Path, tmp_path: Path) -> None:
