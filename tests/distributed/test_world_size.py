@@ -19,8 +19,8 @@ from tests.ranks import run_ranks
 EXACT = (
     "--train.precision=fp64",
     "--optim.name=sgd",
-    "--optim.lr=0.02",
-    "--optim.generator_lr=0.02",
+    "--optim.lr=0.005",
+    "--optim.generator_lr=0.005",
 )
 
 
