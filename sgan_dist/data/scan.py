@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
@@ -182,7 +182,8 @@ def _in_processes(
     try:
         with executor:
             try:
-                futures = {executor.submit(_scan, task, out, transport): task for task in tasks}
+                with _without_interrupts():
+                    futures = {executor.submit(_scan, task, out, transport): task for task in tasks}
                 for future in concurrent.futures.as_completed(futures):
                     yield futures.pop(future), future.result()
             except BaseException:
@@ -218,9 +219,30 @@ def _note(journal: IO[str], task: Task, facts: Facts) -> None:
     journal.flush()
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C waits until the end, and the processes that are started here never get theirs.
+
+    A terminal sends it to them too: one that is still importing would die of it with a traceback,
+    and the pool with it. They inherit the mask; and a handler keeps what another thread receives.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where no Ctrl-C is raised
+        yield
+        return
+    received: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _frame: received.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if received:
+            signal.raise_signal(signal.SIGINT)
+
+
 def _die_with(lifeline: Connection) -> None:
     """Let this process end as soon as the other end of the pipe is closed, by whatever death."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who started it is told as well
 
     def watch() -> None:
         wait([lifeline])

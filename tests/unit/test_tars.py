@@ -520,7 +520,13 @@ def test_killed_half_way_it_goes_on(tars, tmp_path):
     assert tree(out) == tree(tmp_path / "whole")
 
 
-def test_interrupted_it_ends_at_once_and_says_so(tars, tmp_path):
+def scanners(parent: int) -> list[psutil.Process]:
+    """The processes in which a program's shards are scanned, from their first moment."""
+    return [c for c in psutil.Process(parent).children() if "spawn_main" in " ".join(c.cmdline())]
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_interrupted_it_ends_at_once_and_says_so(tars, tmp_path, early):
     out = tmp_path / "out"
     with http_server(tars) as server:
         server.faults["/web-001.tar"] = stall
@@ -532,7 +538,10 @@ def test_interrupted_it_ends_at_once_and_says_so(tars, tmp_path):
             start_new_session=True,
         )
         with process:
-            wait_until(lambda: len(journaled(out)) == 6)  # one process is idle
+            if early:
+                wait_until(lambda: scanners(process.pid))  # they are importing
+            else:
+                wait_until(lambda: len(journaled(out)) == 6)  # one process is idle
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
             _, told = process.communicate(timeout=20)  # the stalled request is given 30 seconds
         assert process.returncode == 130
@@ -547,9 +556,8 @@ def test_a_scanning_process_that_is_killed(tars, tmp_path):
             command(server.url, out, "--jobs", "1"), env=ENVIRONMENT, stderr=subprocess.PIPE
         ) as process:
             wait_until(lambda: server.requests["/web-001.tar"])
-            for child in psutil.Process(process.pid).children():
-                if "spawn_main" in " ".join(child.cmdline()):
-                    child.kill()
+            for child in scanners(process.pid):
+                child.kill()
             told = process.stderr.read().decode()
         assert process.returncode == 2
         assert "a process that scans was killed" in told and "Traceback" not in told
