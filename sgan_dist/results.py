@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -54,10 +54,15 @@ class Row:
     config: Config  # that `arguments` make
 
     def settings(self, draw: int) -> str:
-        """A short hash of all that decides the figures of a draw."""
+        """A short hash of all that a draw asks for beside the defaults.
+
+        So a setting that is new, and off, changes none; what the defaults and the code were, a
+        result's commit tells.
+        """
         data = dataclasses.replace(self.config.data, label_seed=draw)
-        config = dataclasses.replace(self.config, seed=draw, data=data)
-        told = meaning(config) | {key: attrgetter(key)(config) for key in ALSO}
+        asked = _meaning(dataclasses.replace(self.config, seed=draw, data=data))
+        default = _meaning(Config())
+        told = {key: value for key, value in asked.items() if value != default[key]}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
     def directory(self, draw: int) -> Path:
@@ -98,6 +103,10 @@ class Result:
     commit: str
     settings: str
     weights_sha256: str
+
+
+def _meaning(config: Config) -> dict[str, Any]:
+    return meaning(config) | {key: attrgetter(key)(config) for key in ALSO}
 
 
 def read_rows(path: Path) -> dict[str, Row]:
