@@ -536,6 +536,8 @@ def test_interrupted_it_ends_at_once_and_says_so(tars, tmp_path, early):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # a shell's background jobs, and so this suite in one, ignore Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         with process:
             if early:
