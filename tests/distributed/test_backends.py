@@ -65,7 +65,9 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def test_zero_trains_as_ddp_and_as_one_process(
     generator: str, digits: Path, tmp_path: Path
 ) -> None:
-    options = (f"--loss.generator={generator}",)
+    # Steps and a seed in which no activation lies so near the kink of its leaky ReLU that the last
+    # bits, in which orders of summation differ, decide its slope.
+    options = (f"--loss.generator={generator}", "--seed=1", "--train.steps=8")
     first = first_values(digits, tmp_path / "first", options)
     run_ranks(1, train, config(digits, tmp_path / "alone", DDP, *options))
     for backend in (DDP, "zero1", "zero2"):
