@@ -11,13 +11,15 @@ from sgan_dist.noise import Draw
 
 
 def augment(images: Tensor, config: AugmentConfig, draw: Draw) -> Tensor:
-    """Rotates, scales, shears, shifts and bends images (n, C, H, W), each by its own amounts.
+    """Thickens, mirrors, turns, scales, shears, shifts and bends images (n, C, H, W), each anew.
 
     Bilinear, differentiable; what comes in from outside repeats the border. One map for real and
     generated images alike: otherwise D would tell them apart by the augmentation.
     """
-    amounts = (config.rotation, config.scale, config.shear, config.translate, config.elastic)
-    if not any(amounts):
+    if config.thickness:
+        images = _thickened(images, config.thickness, draw)
+    moves = (config.rotation, config.scale, config.shear, config.translate, config.elastic)
+    if not any(moves) and not config.flip:
         return images
     height, width = images.shape[-2:]
     u = (2 * draw.uniform(5) - 1).to(images.dtype)
@@ -28,6 +30,9 @@ def augment(images: Tensor, config: AugmentConfig, draw: Draw) -> Tensor:
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     # rotation and zoom after a horizontal shear, as the map from output to input positions
     matrix = torch.stack([cos, cos * shear - sin, sin, sin * shear + cos], 1).view(-1, 2, 2)
+    if config.flip:
+        sign = torch.where(draw.uniform(1) < config.flip, -1.0, 1.0).to(images.dtype)
+        matrix = matrix * torch.cat([sign, torch.ones_like(sign)], 1).unsqueeze(2)
     theta = torch.cat([matrix, shift.unsqueeze(2)], 2)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     if config.elastic:
@@ -37,3 +42,11 @@ def augment(images: Tensor, config: AugmentConfig, draw: Draw) -> Tensor:
         smooth = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
         grid = grid + smooth.permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _thickened(images: Tensor, most: float, draw: Draw) -> Tensor:
+    """Images between themselves and their 3x3 maximum, or minimum: bright strokes grow or shrink."""
+    u = ((2 * draw.uniform(1) - 1).to(images.dtype) * most).view(-1, 1, 1, 1)
+    grown = F.max_pool2d(images, 3, stride=1, padding=1)
+    shrunk = -F.max_pool2d(-images, 3, stride=1, padding=1)
+    return torch.lerp(images, torch.where(u > 0, grown, shrunk), u.abs())

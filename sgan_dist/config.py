@@ -154,7 +154,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random affine maps, drawn anew for each image; the same law for real and fake ones."""
+    """Random maps, drawn anew for each image; the same law for real and fake ones."""
 
     rotation: float = 0.0
     """degrees, at most this much either way"""
@@ -165,6 +165,10 @@ class AugmentConfig:
     """pixels, at most this much either way"""
     elastic: float = 0.0
     """pixels, standard deviation of a smooth random displacement (a 5x5 grid, interpolated)"""
+    thickness: float = 0.0
+    """part of a pixel, at most this much that bright strokes grow or shrink all round; at most 1"""
+    flip: float = 0.0
+    """probability of a mirror image, left for right"""
 
 
 @dataclass(frozen=True)
@@ -330,6 +334,8 @@ def check(config: Config) -> Config:
     for name, amounts in (("augment", config.augment), ("teacher_augment", config.teacher_augment)):
         if amounts.scale >= 1:
             raise UserError(f"{name}.scale is {amounts.scale}, and must be below 1")
+        if (most := max(amounts.thickness, amounts.flip)) > 1:
+            raise UserError(f"{name}.thickness and .flip are at most 1, and {most} was given")
     return config
 
 

@@ -64,6 +64,8 @@ def test_saved_configs_are_read_back(tmp_path: Path) -> None:
         ("--optim.clip_norm=0", "give a positive norm, or null"),
         ("--augment.scale=1", "must be below 1"),
         ("--teacher_augment.scale=1", "teacher_augment.scale is 1"),
+        ("--augment.thickness=1.5", "augment.thickness and .flip are at most 1, and 1.5 was given"),
+        ("--teacher_augment.flip=2", "at most 1, and 2.0 was given"),
         ("--optim.betas=[1.5,0.9]", "optim.betas are"),
         ("--seed=99999999999999999999999", "seed is 9999"),
         ("--data.workers=-1", "data.workers is -1"),

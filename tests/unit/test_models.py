@@ -196,6 +196,23 @@ def test_rotation_turns_by_at_most_the_angle() -> None:
     assert torch.allclose((x**2 + y**2).sqrt(), torch.full((300,), 10.5), atol=0.3)
 
 
+def test_flip_mirrors_the_share_of_images_that_it_says() -> None:
+    images = torch.rand(2000, 1, 8, 8)
+    flipped = augment(images, AugmentConfig(flip=0.25), a_draw(2000))
+    mirrored = (flipped - images.flip(3)).abs().amax((1, 2, 3)) < 1e-5
+    kept = (flipped - images).abs().amax((1, 2, 3)) < 1e-5
+    assert (mirrored ^ kept).all() and abs(mirrored.float().mean() - 0.25) < 0.03
+
+
+def test_thickness_grows_and_shrinks_strokes_by_at_most_its_part_of_a_pixel() -> None:
+    images = torch.full((400, 1, 28, 28), -1.0)
+    images[:, :, :, 10:14] = 1  # a bar, 4 pixels wide
+    changed = augment(images, AugmentConfig(thickness=0.5), a_draw(400))
+    widths = changed.add(1).div(2).sum(3).mean((1, 2))
+    assert 3 <= widths.min() < 3.02 and 4.98 < widths.max() <= 5
+    assert abs(widths.mean() - 4) < 0.1
+
+
 def test_a_users_own_model_is_found_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
