@@ -10,14 +10,18 @@ DETECTED_STEPS = 500  # for so long
 ALIKE = 0.002  # mean standard deviation of a pixel over generated images, of a range of 2
 
 GRADIENT = "d/squared_logit_gradient/"
+CONSISTENCY = GRADIENT + "consistency"
+CONFIDENT = 0.5  # fraction of targets above loss.threshold, from which a batch without one is odd
 
 
 def check(line: dict[str, float], steps: int, state: dict[str, float]) -> list[str]:
     """The alarms that a metrics line over `steps` steps raises; `state` is kept between lines."""
+    dead = {name for name, value in line.items() if name.startswith(GRADIENT) and value == 0}
+    if line.get("d/confident", 1) < CONFIDENT:
+        dead -= {CONSISTENCY}  # the batch it was looked at in may have had no target, early on
     found = [
         f"the {name.removeprefix(GRADIENT)} loss has no gradient: it trains nothing"
-        for name, value in line.items()
-        if name.startswith(GRADIENT) and value == 0
+        for name in sorted(dead)
     ]
     if line.get("g/gradient_norm") == 0:
         found.append("the generator has no gradient: it is not trained")

@@ -62,6 +62,15 @@ def test_samples_that_are_all_alike_and_a_dead_generator() -> None:
     assert "no gradient" in alarms.check({"g/gradient_norm": 0.0}, 1, {})[0]
 
 
+def test_consistency_without_a_confident_target_yet_is_no_alarm() -> None:
+    line = {"d/squared_logit_gradient/consistency": 0.0}
+    assert "consistency loss has no gradient" in alarms.check(line, 50, {})[0]
+    assert "no gradient" in alarms.check(line | {"d/confident": 0.9}, 50, {})[0]
+    assert alarms.check(line | {"d/confident": 0.01}, 50, {}) == []
+    other = {"d/squared_logit_gradient/unlabeled": 0.0, "d/confident": 0.01}
+    assert "unlabeled" in alarms.check(other, 50, {})[0]
+
+
 def test_a_saturated_but_living_loss_is_no_alarm() -> None:
     odds = torch.tensor([30.0], requires_grad=True)
     (gradient,) = torch.autograd.grad(losses.real(odds, 1), odds)
