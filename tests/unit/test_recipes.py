@@ -23,10 +23,11 @@ def test_a_config_loads_and_builds(path: Path) -> None:
         build_generator(model.generator, (1, 28, 28), model.generator_args)
 
 
-def test_the_supervised_recipe_is_the_best_ones_discriminator_and_augmentation() -> None:
+@pytest.mark.parametrize("recipe", ["mnist", "fashion_mnist"])
+def test_the_supervised_recipe_is_the_best_ones_discriminator_and_augmentation(recipe: str) -> None:
     best, alone = (
         check(parse([f"--config={REPOSITORY}/configs/{name}.yaml"])[0])
-        for name in ("mnist", "mnist_supervised")
+        for name in (recipe, f"{recipe}_supervised")
     )
     assert best.augment == alone.augment and best.optim == alone.optim
     assert best.model.discriminator == alone.model.discriminator
