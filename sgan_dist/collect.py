@@ -30,6 +30,7 @@ UNKNOWN = "?"  # the labels of a run whose summary does not tell them
 ALONE = "labeled images alone"
 COLOURS = ("#2a6fdb", "#d9622b", "#23915d", "#9a4fb8", "#a8790a", "#c2385a")
 STOP = charts.WIDTH - charts.RIGHT  # pixels, where the x axis ends
+FEW = 8  # places on an axis that are marked one by one
 STYLE = (
     "text{fill:#555}.title{fill:#222;font-weight:600}.grid{stroke:#ddd}.axis,.tick{stroke:#777}"
     ".line{fill:none;stroke-width:1.6}"
@@ -281,16 +282,18 @@ def plot(keys: Sequence[str], groups: Sequence[Group]) -> str:
                 point = (i + 0.12 * alone, spread, kind)
             series.setdefault(kind, []).append(point)
     if by_labels:
-        return over_labels(series)
+        return lines(series)
     x = Axis(0.5, len(groups) + 0.5, charts.LEFT, STOP)
     return _drawn(series, x, "row of the table", range(1, len(groups) + 1), joined=False)
 
 
-def over_labels(series: dict[str, list[Point]]) -> str:
-    """A standalone SVG file of lines over numbers of labels, each line's points in their order."""
-    counts = sorted({labels for points in series.values() for labels, _, _ in points})
-    x = Axis(counts[0] / 1.15, counts[-1] * 1.15, charts.LEFT, STOP, log=True)
-    return _drawn(series, x, "labeled images", counts, joined=True)
+def lines(
+    series: dict[str, list[Point]], label: str = "labeled images", of: str = "Test error"
+) -> str:
+    """A standalone SVG file of lines over a log axis, each line's points in their order."""
+    places = sorted({place for points in series.values() for place, _, _ in points})
+    x = Axis(places[0] / 1.15, places[-1] * 1.15, charts.LEFT, STOP, log=True)
+    return _drawn(series, x, label, places if len(places) <= FEW else None, of)
 
 
 def _named(keys: Sequence[str], run: Run) -> str:
@@ -300,7 +303,12 @@ def _named(keys: Sequence[str], run: Run) -> str:
 
 
 def _drawn(
-    series: dict[str, list[Point]], x: Axis, label: str, marked: Iterable[float], joined: bool
+    series: dict[str, list[Point]],
+    x: Axis,
+    label: str,
+    marked: Iterable[float] | None,
+    of: str = "Test error",
+    joined: bool = True,
 ) -> str:
     """Each point with a whisker of one standard deviation either way, in percent, on a log axis."""
     spreads = [spread for points in series.values() for _, spread, _ in points]
@@ -329,7 +337,7 @@ def _drawn(
             said = f"{whose}: {spread}, {plural(spread.runs, 'run')}"
             parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{colour}">')
             parts.append(f"<title>{escape(said)}</title></circle>")
-    title = "Test error, mean and standard deviation over runs" + (", log scale" if log else "")
+    title = f"{of}, mean and standard deviation over runs" + (", log scale" if log else "")
     box = f'y="{top}" width="{charts.WIDTH}" height="{charts.HEIGHT - top}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {top} {charts.WIDTH}'

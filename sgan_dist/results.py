@@ -14,6 +14,7 @@ import io
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -103,6 +104,8 @@ class Result:
     commit: str
     settings: str
     weights_sha256: str
+    learning: str
+    """validation errors of the averaged D on the way: STEP:ERROR, a space between"""
 
 
 def _meaning(config: Config) -> dict[str, Any]:
@@ -199,8 +202,12 @@ def publish(rows: dict[str, Row]) -> list[Result]:
     parts = _tables(rows.values(), results)
     lines = _lines(rows.values(), results)
     if lines:
-        _write(CURVE, collect.over_labels(lines))
+        _write(CURVE, collect.lines(lines))
         parts.append(f"![Test error by number of labels]({CURVE.name})")
+    for title, series in _learning(rows.values(), results).items():
+        path = CURVE.with_name(f"learning_{'_'.join(re.findall('[a-z0-9]+', title.lower()))}.svg")
+        _write(path, collect.lines(series, "step", "Validation error"))
+        parts.append(f"![Validation error by step: {title}]({path.name})")
     _write(PAGE, "\n\n".join([before + begin, *parts, end + after]))
     return results
 
@@ -241,6 +248,26 @@ def _lines(rows: Iterable[Row], results: Sequence[Result]) -> dict[str, list[col
     return {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()}
 
 
+def _learning(
+    rows: Iterable[Row], results: Sequence[Result]
+) -> dict[str, dict[str, list[collect.Point]]]:
+    """For each table whose rows are no points of a curve, a line for each row, by name."""
+    tables: dict[str, dict[str, list[collect.Point]]] = {}
+    for row in rows:
+        errors: dict[int, list[float]] = {}
+        for result in results:
+            if result.row == row.name and row.curve is None:
+                for step, _, error in (told.partition(":") for told in result.learning.split()):
+                    errors.setdefault(int(step), []).append(float(error))
+        points: list[collect.Point] = [
+            (step, collect.spread_of(found), f"{row.name}, step {step:,}")
+            for step, found in sorted(errors.items())
+        ]
+        if points:
+            tables.setdefault(row.table, {})[row.name] = points
+    return tables
+
+
 def train(row: Row, draw: int) -> Result | None:
     """Makes a run, or goes on with it, in processes of its own; None where it did not end well."""
     run, commit = row.directory(draw), _commit()
@@ -271,7 +298,15 @@ def train(row: Row, draw: int) -> Result | None:
         commit=commit,
         settings=row.settings(draw),
         weights_sha256=summary["weights_sha256"][:12],
+        learning=_on_the_way(run / "metrics.jsonl"),
     )
+
+
+def _on_the_way(metrics: Path) -> str:
+    """`Result.learning` of a run's metrics."""
+    lines = (json.loads(line) for line in metrics.read_text().splitlines())
+    found = {line["step"]: line["validation_error"] for line in lines if "validation_error" in line}
+    return " ".join(f"{step}:{error:.4f}" for step, error in found.items())
 
 
 def _machine() -> str:

@@ -83,14 +83,26 @@ def figures(name: str, errors: list[float], labels: int) -> list[list[Any]]:
     row = read_rows(Path("rows.yaml"))[name]
     where = [1, 1, "cpu", "a CPU, 2 cores", "2026-01-01", ""]
     return [
-        [name, draw, labels, error, error / 2, 6, 60.0, *where, row.settings(draw), "0" * 12]
+        [
+            name,
+            draw,
+            labels,
+            error,
+            error / 2,
+            6,
+            60.0,
+            *where,
+            row.settings(draw),
+            "0" * 12,
+            "3:0.5 6:0.25",
+        ]
         for draw, error in enumerate(errors)
     ]
 
 
 HEAD = (
     "row,draw,labels,test_error,validation_error,steps,wall_seconds,world_size,threads,device,"
-    "machine,date,commit,settings,weights_sha256\n"
+    "machine,date,commit,settings,weights_sha256,learning\n"
 )
 
 
@@ -170,11 +182,34 @@ def test_draws_are_pooled_and_drawn_over_labels(
         "![Test error by number of labels](label_efficiency.svg)"
         in Path("docs/results.md").read_text()
     )
+    assert not list(Path("docs").glob("learning*"))  # of rows beside the curve alone
     capfd.readouterr()
     assert results("--draws=3", "--dry_run", "many", "many") == 0
     said = capfd.readouterr().out
     assert "1 run to make" in said and "many, draw 2: accelerate launch" in said
     assert f"--data.root={project}/data/small-labels-10-draw-2 --seed=2 --data.label_seed=2" in said
+
+
+def test_learning_curves_are_means_over_draws(project: Path) -> None:
+    listed(a=[], b=["--train.steps=9"])
+    told = yaml.safe_load(Path("rows.yaml").read_text())
+    for row in told.values():
+        del row["curve"]
+    Path("rows.yaml").write_text(yaml.safe_dump(told))
+    with open("docs/results.csv", "w") as file:
+        file.write(HEAD)
+        writer = csv.writer(file)
+        one, two = figures("a", [0.2, 0.2], 100)
+        writer.writerows([one, [*two[:-1], "3:0.3 6:0.15"]])
+        writer.writerow([*figures("b", [0.2], 100)[0][:-1], ""])  # made before they were kept
+    assert results("a") == 0
+    drawn = Path("docs/learning_small.svg").read_text()
+    assert "a, step 3: 40.00 ± 14.14 %, 2 runs" in drawn
+    assert "a, step 6: 20.00 ± 7.07 %, 2 runs" in drawn and "b, step" not in drawn
+    assert (
+        "![Validation error by step: Small](learning_small.svg)"
+        in Path("docs/results.md").read_text()
+    )
 
 
 def test_what_can_not_be_made_is_said(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -206,10 +241,11 @@ def test_the_rows_that_are_listed_can_be_read(monkeypatch: pytest.MonkeyPatch) -
     rows = read_rows(LAUNCH / "results.yaml")
     assert {row.table for row in rows.values()} == {
         "MNIST, 100 labels",
+        "Fashion-MNIST, 1,000 labels",
         "MNIST by number of labels",
     }
     points = [row for row in rows.values() if row.curve is not None]
-    assert len(points) == 10 and {row.config.train.steps for row in points} == {5000}
+    assert len(points) == 11 and {row.config.train.steps for row in points} == {5000}
     for row in points:
         assert row.name.split("_")[1] == str(10 * row.config.data.labels_per_class)
     hashes = {row.settings(draw) for row in rows.values() for draw in range(row.draws)}
@@ -223,5 +259,5 @@ def test_the_page_is_what_the_program_makes(
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     monkeypatch.chdir(tmp_path)
     assert publish(read_rows(LAUNCH / "results.yaml"))
-    for name in ("results.md", "label_efficiency.svg"):
-        assert (tmp_path / "docs" / name).read_text() == (REPOSITORY / "docs" / name).read_text()
+    for made in [tmp_path / "docs" / "results.md", *(tmp_path / "docs").glob("l*.svg")]:
+        assert made.read_text() == (REPOSITORY / "docs" / made.name).read_text()
