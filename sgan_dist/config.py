@@ -82,26 +82,14 @@ class LossConfig:
     fake: float = 0.5
     """weight of -log p(fake | G(z))"""
     generator: Literal["feature_matching", "non_saturating"] = "feature_matching"
-    label_smoothing: float = 0.0
-    """probability that labeled images' targets spread evenly over all the classes of the form"""
     consistency: float = 0.0
     """weight of the cross-entropy from the averaged D's targets on unlabeled images; 0: off"""
     temperature: float = 0.5
     """of those targets: below 1 sharpens them"""
-    consistency_rampup: int = 0
-    """steps over which the weight rises from 0"""
     threshold: float = 0.0
     """targets whose largest probability, aligned and not yet sharpened, is below it are left out"""
     entropy: float = 0.0
     """weight of the entropy of the classes of unlabeled images"""
-    vat: float = 0.0
-    """weight of the change of unlabeled images' classes by a small adversarial step (VAT)"""
-    vat_radius: float = 2.0
-    """how far such an image is moved: the length of the step, over all of its pixels in [-1, 1]"""
-    r1: float = 0.0
-    """weight of half the squared gradient, in unlabeled images, of D's log odds that they are real"""
-    balanced: float = 0.0
-    """weight of the squared difference of D's log odds of real between two augmentations (bCR)"""
     pull_away: float = 0.0
     """weight, in G's loss, of the squared cosines between its images' features"""
 
@@ -259,11 +247,11 @@ def check(config: Config) -> Config:
             config,
             data=dataclasses.replace(config.data, unlabeled_batch=0),
             model=dataclasses.replace(config.model, generator=None),
-            loss=dataclasses.replace(config.loss, consistency=0.0, entropy=0.0, vat=0.0),
+            loss=dataclasses.replace(config.loss, consistency=0.0, entropy=0.0),
             train=dataclasses.replace(config.train, baseline_steps=0),
         )
     if config.model.generator is None:
-        loss = dataclasses.replace(config.loss, r1=0.0, balanced=0.0, pull_away=0.0)
+        loss = dataclasses.replace(config.loss, pull_away=0.0)
         config = dataclasses.replace(config, loss=loss)
     d, t, o = config.data, config.train, config.optim
     must_be_positive = {
@@ -317,8 +305,6 @@ def check(config: Config) -> Config:
     for key, value in must_not_be_negative.items():
         if not (value >= 0 and math.isfinite(value)):
             raise UserError(f"{key} is {value}, and must not be negative")
-    if config.loss.label_smoothing >= 1:
-        raise UserError(f"loss.label_smoothing is {config.loss.label_smoothing}: give less than 1")
     if config.loss.threshold > 1:
         raise UserError(f"loss.threshold is {config.loss.threshold}, and no probability is above 1")
     if config.loss.pull_away and t.fake_batch < 2:

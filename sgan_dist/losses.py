@@ -39,14 +39,9 @@ def class_logits(logits: Tensor, form: Form) -> Tensor:
     return _upcast(logits if form == "implied" else logits[:, :-1])
 
 
-def supervised(logits: Tensor, labels: Tensor, count: int, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of labeled images; `count` is the global number of them.
-
-    Targets are `1 - smoothing` of the label and `smoothing` of the uniform distribution over all
-    the classes that the form has (Szegedy et al. 2016, sec. 7).
-    """
-    logits = _upcast(logits)
-    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing) / count
+def supervised(logits: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Cross-entropy of labeled images; `count` is the global number of them."""
+    return F.cross_entropy(_upcast(logits), labels, reduction="sum") / count
 
 
 def real(log_odds: Tensor, count: int) -> Tensor:
@@ -127,45 +122,6 @@ def entropy(class_logits: Tensor, count: int) -> Tensor:
     Grandvalet & Bengio 2005; conditional entropy in Dai et al. 2017, eq. 8.
     """
     return -(class_logits.softmax(1) * class_logits.log_softmax(1)).sum() / count
-
-
-def divergence(p: Tensor, class_logits: Tensor, count: int) -> Tensor:
-    """KL(p || softmax(class_logits)), both (n, N), p without gradient; `count` is global.
-
-    Of images and of the same after a step, Miyato et al. 2018, eq. 5.
-    """
-    return F.kl_div(class_logits.log_softmax(1), p, reduction="sum") / count
-
-
-def directions(x: Tensor) -> Tensor:
-    """x (n, ...) with every sample scaled to length 1, however short it is; zeros stay zeros."""
-    rows = x.flatten(1)
-    largest = rows.abs().amax(1, keepdim=True)
-    rows = rows / largest.clamp_min(torch.finfo(x.dtype).tiny)  # whose squares do not underflow
-    return F.normalize(rows).view_as(x)
-
-
-def gradient_penalty(log_odds: Tensor, images: Tensor, count: int) -> Tensor:
-    """Half the mean squared length of d log_odds_i / d image_i: R1 of Mescheder et al. 2018, eq. 9.
-
-    Its weight is their gamma. It can be back-propagated, by a second derivative.
-
-    Args:
-        log_odds: of real, (n,), of images of a global batch of `count`.
-        images: what they come from, and other images with no part in them, (m, C, H, W).
-        count: see there.
-    """
-    (gradient,) = torch.autograd.grad(log_odds.sum(), images, create_graph=True)
-    return _upcast(gradient).square().sum() / (2 * count)
-
-
-def squared_difference(log_odds: Tensor, again: Tensor, count: int) -> Tensor:
-    """(t - t')^2 of log odds (n,) of two augmentations of each of `count` images over all ranks.
-
-    Balanced consistency, for real images and for fakes: Zhao et al. 2021, eqs. 3 and 4. The gradient
-    goes by both.
-    """
-    return (log_odds - again).square().sum() / count
 
 
 def aligned(p: Tensor, mean: Tensor) -> Tensor:

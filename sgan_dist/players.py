@@ -127,13 +127,13 @@ def describe(backend: Backend, wrapper: str) -> str:
 
 
 @contextlib.contextmanager
-def frozen(network: nn.Module) -> Iterator[nn.Module]:
+def frozen(network: nn.Module) -> Iterator[None]:
     """`network` without gradients for its own parameters: they flow through it only."""
     trained = [p for p in network.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        yield network
+        yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -20,9 +20,6 @@ from sgan_dist.noise import Draw, Rows
 from sgan_dist.players import Backend, Player, frozen
 
 ALIGNMENT_MOMENTUM = 0.01  # of the averaged D's mean prediction
-# Images that are in the pass of D once more, each with an augmentation and noise of its own:
-MOVED = "unlabeled/moved"  # to where their classes change most
-AGAIN = {"unlabeled": "unlabeled/again", "fake": "fake/again"}
 
 
 def discriminator_step(
@@ -40,10 +37,6 @@ def discriminator_step(
         whole["unlabeled"] = to_float(batch.unlabeled, backend)
     if networks.generator is not None:
         whole["fake"] = _generate(networks.generator, "discriminator", config, backend, step)
-    if weights.vat:
-        whole[MOVED] = whole["unlabeled"]
-    if weights.balanced:
-        whole |= {again: whole[name] for name, again in AGAIN.items()}
     totals = {name: len(images) * backend.world_size for name, images in whole.items()}
     targets = None
     if weights.consistency:
@@ -53,19 +46,13 @@ def discriminator_step(
         with networks.discriminator.part(part.last):
             # Positions need fp32: augmentation stays outside of autocast, here and below.
             images = augment(torch.cat(list(part.images.values())), config.augment, part.draw)
-            sizes = list(part.draw.sizes.values())
-            if weights.vat:
-                views = dict(zip(part.images, torch.split(images, sizes), strict=True))
-                views[MOVED], unmoved = _moved(networks, views[MOVED], part, config, backend, step)
-                images = torch.cat(list(views.values()))
-            images.requires_grad_(weights.r1 > 0)
             with backend.autocast():
                 out = networks.discriminator.wrapped(images, part.draw)
+            sizes = list(part.draw.sizes.values())
             logits = dict(zip(part.images, out.logits.split(sizes), strict=True))
 
             y = labels[part.rows["labeled"]]
-            count, smoothing = totals["labeled"], weights.label_smoothing
-            loss = losses.supervised(logits["labeled"], y, count, smoothing)
+            loss = losses.supervised(logits["labeled"], y, totals["labeled"])
             terms = {"supervised": (1.0, loss)}
             wrong = losses.class_logits(logits["labeled"], form).argmax(1) != y
             seen = {"d/train_error": wrong.sum() / totals["labeled"]}
@@ -79,32 +66,16 @@ def discriminator_step(
                 guesses = losses.class_logits(logits["unlabeled"], form)
                 wanted = targets[part.rows["unlabeled"]]
                 loss = losses.soft_cross_entropy(guesses, wanted, totals["unlabeled"])
-                ramp = min(1.0, (step + 1) / max(weights.consistency_rampup, 1))
-                terms["consistency"] = ramp * weights.consistency, loss
+                terms["consistency"] = weights.consistency, loss
                 if weights.threshold:
                     seen["d/confident"] = wanted.any(1).sum() / totals["unlabeled"]
             if weights.entropy:
                 guesses = losses.class_logits(logits["unlabeled"], form)
                 terms["entropy"] = weights.entropy, losses.entropy(guesses, totals["unlabeled"])
-            if weights.vat:
-                guesses = losses.class_logits(logits[MOVED], form)
-                terms["vat"] = weights.vat, losses.divergence(unmoved, guesses, totals[MOVED])
-            if weights.balanced:
-                twice = [
-                    losses.squared_difference(
-                        odds[name], losses.log_odds_real(logits[again], form), totals[name]
-                    )
-                    for name, again in AGAIN.items()
-                ]
-                terms["balanced"] = weights.balanced, torch.stack(twice).sum()
             if (step + 1) % config.train.log_every == 0:  # a loss that moves nothing: an alarm
                 for name, (_, loss) in terms.items():
                     (gradient,) = torch.autograd.grad(loss, out.logits, retain_graph=True)
                     seen[f"d/squared_logit_gradient/{name}"] = gradient.double().square().sum()
-
-            if weights.r1:  # after the alarm: it trains D by more than the logits' gradient
-                loss = losses.gradient_penalty(odds["unlabeled"], images, totals["unlabeled"])
-                terms["r1"] = weights.r1, loss
 
             _add(shares, {f"d/{name}": loss for name, (_, loss) in terms.items()} | seen)
             networks.discriminator.backward(_weighted(terms))
@@ -186,8 +157,6 @@ class _Part:
     images: dict[str, Tensor]
     rows: dict[str, slice]
     """their places among this rank's images"""
-    held: dict[str, Rows]
-    """their places in the global batch"""
     draw: Draw
     last: bool
 
@@ -207,7 +176,7 @@ def _parts(
             drawn[name] = Rows(total, first + mine.start, first + mine.stop)
         draw = Draw(config.seed, phase, step, drawn, backend.device)
         images_of = {name: whole[name][place] for name, place in rows.items()}
-        yield _Part(images_of, rows, drawn, draw, number == parts - 1)
+        yield _Part(images_of, rows, draw, number == parts - 1)
 
 
 @torch.no_grad()
@@ -254,30 +223,6 @@ def _targets(
 def _weighted(terms: dict[str, tuple[float, Tensor]]) -> Tensor:
     """The sum of losses by their weights."""
     return torch.stack([weight * loss for weight, loss in terms.values()]).sum()
-
-
-def _moved(
-    networks: Networks, images: Tensor, part: _Part, config: Config, backend: Backend, step: int
-) -> tuple[Tensor, Tensor]:
-    """Images (n, C, H, W) after a step to where p(y|x) changes most, and p(y|x) before it, (n, N).
-
-    Miyato et al. 2018, eqs. 6-8, one power iteration from a random direction; the Hessian times that
-    direction is exact, as finite differences would be rounded away. Both the step and p(y|x) are
-    those of D without its noise, and in full precision; D then learns p(y|x) on the moved image
-    with its noise.
-    """
-    form, held = config.loss.form, {MOVED: part.held[MOVED]}
-    draw = Draw(config.seed, "adversary", step, held, backend.device)
-    start = losses.directions(draw.normal(*images.shape[1:]).to(images.dtype))
-    here = images.clone().requires_grad_()
-    with frozen(networks.discriminator.network) as network:
-        # fp64: where D is sure, little but rounding is left of the Hessian in fp32
-        guesses = losses.class_logits(network(here).logits, form).double()
-    p = guesses.detach().softmax(1)
-    (slope,) = torch.autograd.grad(losses.divergence(p, guesses, 1), here, create_graph=True)
-    (gradient,) = torch.autograd.grad((slope * start).sum(), here)  # the slope itself is 0 here
-    moved = images + config.loss.vat_radius * losses.directions(gradient)
-    return moved, p.to(images.dtype)
 
 
 def _add(shares: dict[str, Tensor], more: dict[str, Tensor]) -> None:

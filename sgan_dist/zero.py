@@ -170,11 +170,6 @@ class DeepSpeedBackend:
 
     def __init__(self, config: Config, zero: dict[str, Any]) -> None:
         """`zero` is DeepSpeed's JSON; see `sgan_dist.zero_config`."""
-        if config.loss.r1:
-            raise UserError(
-                "loss.r1 takes a gradient through D before the backward, which DeepSpeed would count"
-                " as one: set loss.r1=0, or run without DeepSpeed"
-            )
         self.precision = launcher.precision(config.train.precision, os.environ)
         self.dtype = torch.float32
         self._zero = zero

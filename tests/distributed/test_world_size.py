@@ -26,7 +26,6 @@ EXACT = (
 
 CONSISTENCY = (
     "--loss.consistency=1",
-    "--loss.consistency_rampup=10",
     "--teacher_augment.translate=1",
     "--augment.elastic=1",
 )
@@ -37,11 +36,7 @@ TERMS = (
     "--optim.generator_lr=1e-3",
     "--loss.threshold=0.4",
     "--loss.entropy=0.3",
-    "--loss.label_smoothing=0.1",
     "--loss.pull_away=1",
-    "--loss.r1=0.1",
-    "--loss.vat=1",
-    "--loss.balanced=0.1",
 )
 BOOK = (
     "--model.discriminator=book",
@@ -51,9 +46,6 @@ BOOK = (
     "--loss.generator=non_saturating",
     "--optim.lr=1e-3",
     "--optim.generator_lr=1e-3",
-    "--loss.r1=0.1",
-    "--loss.vat=1",
-    "--loss.balanced=0.1",
     "--train.steps=8",
 )
 MLP = (

@@ -149,13 +149,6 @@ def test_entropy_value_and_gradient() -> None:
     assert losses.entropy(torch.tensor([[2000.0, 0.0]]), 1) == 0
 
 
-def test_smoothed_labels_are_soft_targets() -> None:
-    logits = with_fake(LOGITS, FAKE_LOGIT)
-    soft = 0.9 * F.one_hot(LABELS, CLASSES + 1) + 0.1 / (CLASSES + 1)
-    expected = losses.soft_cross_entropy(logits, soft, N)
-    assert torch.allclose(losses.supervised(logits, LABELS, N, 0.1), expected)
-
-
 def test_pull_away_is_the_naive_sum_over_pairs() -> None:
     right = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 3.0]])  # squared cosines 0, 1/2, 1/2
     assert losses.pull_away(right, losses.scatter_of([right]), 3, 1).item() == pytest.approx(1 / 3)
@@ -178,43 +171,3 @@ def test_pull_away_is_the_naive_sum_over_pairs() -> None:
         sum(shares).backward()
         live = [0, 1, 2, 4]
         assert torch.allclose(features.grad[live], expected[live])
-
-
-def test_gradient_penalty_value_and_gradient() -> None:
-    a = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    images = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-
-    def penalty(a: torch.Tensor) -> torch.Tensor:
-        odds = (images * a).sum(1).square()  # its gradient is 2 (a.x) a
-        return losses.gradient_penalty(odds[:2], images, 2)  # the other images have no part
-
-    slopes = 2 * (images[:2] @ a).unsqueeze(1) * a
-    assert torch.allclose(penalty(a), slopes.square().sum(1).mean() / 2)
-    assert torch.autograd.gradcheck(penalty, a)
-
-
-def test_divergence_value_and_gradient() -> None:
-    p = FAKE_LOGIT.sigmoid() * F.one_hot(LABELS, CLASSES) + (1 - FAKE_LOGIT.sigmoid()) / CLASSES
-    logits = LOGITS.clone().requires_grad_()
-    loss = losses.divergence(p, logits, N)
-    loss.backward()
-    assert torch.allclose(loss, (p * (p / LOGITS.softmax(1)).log()).sum(1).mean())
-    assert torch.allclose(logits.grad, (LOGITS.softmax(1) - p) / N)
-    assert torch.allclose(losses.divergence(LOGITS.softmax(1), LOGITS, N), torch.zeros(1).double())
-    sure = torch.tensor([[1.0, 0.0]])
-    assert losses.divergence(sure, torch.tensor([[800.0, 0.0]]), 1) == 0
-
-
-def test_directions_have_length_one_however_short_the_vector() -> None:
-    x = torch.tensor([[3.0, 4.0], [0.0, -1e-30], [0.0, 0.0]]).view(3, 1, 2)
-    expected = torch.tensor([[0.6, 0.8], [0.0, -1.0], [0.0, 0.0]]).view(3, 1, 2)
-    assert torch.allclose(losses.directions(x), expected)
-
-
-def test_squared_difference_value_and_gradient() -> None:
-    one = torch.tensor([1.0, 2.0], requires_grad=True)
-    two = torch.tensor([3.0, 1.0], requires_grad=True)
-    loss = losses.squared_difference(one, two, 4)  # half of the global batch
-    loss.backward()
-    assert loss.item() == pytest.approx(5 / 4)
-    assert torch.equal(one.grad, torch.tensor([-1.0, 0.5])) and torch.equal(two.grad, -one.grad)
