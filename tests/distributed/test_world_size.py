@@ -28,6 +28,8 @@ CONSISTENCY = (
     "--loss.consistency=1",
     "--teacher_augment.translate=1",
     "--augment.elastic=1",
+    "--augment.thickness=0.5",
+    "--augment.flip=0.5",
 )
 EXPLICIT = ("--loss.form=explicit", "--loss.generator=non_saturating", "--optim.clip_norm=1")
 TERMS = (
