@@ -99,7 +99,7 @@ def _download(name: str, target: Path, sha256: str, progress: bool) -> None:
         try:
             fetch(url, packed, Transport())
         except UserError as error:
-            raise UserError(f"{error}; or {instead}") from None
+            raise type(error)(f"{error}; or {instead}") from None
         try:
             genuine = hashlib.sha256(gzip.decompress(packed.read_bytes())).hexdigest() == sha256
         except (OSError, EOFError, zlib.error):

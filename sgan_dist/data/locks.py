@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sgan_dist.data.remote import Stopped
-from sgan_dist.errors import UserError
+from sgan_dist.errors import Outage, UserError
 
 POLL_SECONDS = 0.05  # how soon a lock that became free is seen
 
@@ -31,9 +31,9 @@ def locked(
     Gives True where it is held; False where what it is for was `made` meanwhile, or `progress`
     did not change for `patience` seconds, as of a process that was suspended.
 
-    Raises the UserError with which a process of the same `key` failed that was waited for: of all
-    that want the same from the same place one is to try, not each in turn. Raises Stopped once
-    `stop` is set.
+    Raises the UserError (an Outage if it was one) with which a process of the same `key` failed that
+    was waited for: of all that want the same from the same place one is to try, not each in turn.
+    Raises Stopped once `stop` is set.
     """
     while True:
         with open(path, "a+b") as file:
@@ -42,15 +42,16 @@ def locked(
                 return
             if not _is_at(file, path):  # removed by the one that was waited for
                 file.seek(0)
-                whose, _, failure = file.read().decode().partition("\n")
-                if failure and whose == key:
-                    raise UserError(failure)
+                if text := file.read().decode():
+                    whose, kind, failure = text.split("\n", 2)
+                    if whose == key:
+                        raise (Outage if kind == Outage.__name__ else UserError)(failure)
                 continue
             file.truncate(0)
             try:
                 yield True
             except UserError as error:
-                file.write(f"{key}\n{error}".encode())
+                file.write(f"{key}\n{type(error).__name__}\n{error}".encode())
                 file.flush()
                 raise
             finally:

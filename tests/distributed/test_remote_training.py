@@ -406,7 +406,7 @@ def test_as_launched(prepared: dict[str, Path], tmp_path: Path) -> None:
         launched = ("accelerate", "launch", "--multi_gpu", "--num_processes", "2")
         code, output = run(*launched, "launch/train.py", *argv, ACCELERATE_USE_CPU="true")
     assert code != 0 and output.count("error: cannot download") == 1
-    assert "exitcode  : 75" in output and "/unlabeled/0000" in output
+    assert "exitcode  : 75" in output and "/unlabeled/0000" in output, output
     assert not (directory / "FAILED").exists()
     with http_server(prepared["packed"]) as server:
         argv[0] = f"--data.root={server.url}"

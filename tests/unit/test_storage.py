@@ -19,7 +19,7 @@ from sgan_dist.data import remote
 from sgan_dist.data.index import Shard
 from sgan_dist.data.remote import Transport
 from sgan_dist.data.storage import ABANDONED_SECONDS, THREADS, CacheOptions, Storage
-from sgan_dist.errors import UserError
+from sgan_dist.errors import Outage, UserError
 from tests.servers import (
     environment,
     garble,
@@ -265,7 +265,7 @@ def test_who_waited_fails_with_the_one_who_tried(server, cache):
         wait_for_holders(cache, shard, [os.getpid()], times=5)
         go.set()
         for each in opening:
-            with pytest.raises(UserError, match=r"a\.tar \(HTTP 500 .*, 2 tries\)"):
+            with pytest.raises(Outage, match=r"a\.tar \(HTTP 500 .*, 2 tries\)"):
                 each.result()
     assert server.requests == {"/a.tar": 2}
     # who comes later tries
