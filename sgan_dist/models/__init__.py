@@ -11,11 +11,13 @@ from torch import nn
 
 from sgan_dist.errors import UserError
 from sgan_dist.models.book import BookDiscriminator, BookGenerator
+from sgan_dist.models.conv_small import ConvSmallDiscriminator
 from sgan_dist.models.dcgan import DCGANDiscriminator, DCGANGenerator
 from sgan_dist.models.mlp import MLPDiscriminator, MLPGenerator
 
 DISCRIMINATORS: dict[str, type[nn.Module]] = {
     "book": BookDiscriminator,
+    "conv_small": ConvSmallDiscriminator,
     "dcgan": DCGANDiscriminator,
     "mlp": MLPDiscriminator,
 }

@@ -25,27 +25,34 @@ def a_draw(n: int) -> Draw:
     return Draw(0, "test", 0, {"all": Rows.of(n, 0, 1)}, CPU)
 
 
-@pytest.mark.parametrize("family", ["book", "dcgan", "mlp"])
+@pytest.mark.parametrize(
+    ("discriminator", "generator"),
+    [("book", "book"), ("conv_small", "dcgan"), ("dcgan", "dcgan"), ("mlp", "mlp")],
+)
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
-def test_the_pairs_keep_the_contract(family: str, shape: tuple[int, int, int]) -> None:
-    d = build_discriminator(family, shape, 11, {})
-    g = build_generator(family, shape, {})
+def test_the_pairs_keep_the_contract(
+    discriminator: str, generator: str, shape: tuple[int, int, int]
+) -> None:
+    d = build_discriminator(discriminator, shape, 11, {})
+    g = build_generator(generator, shape, {})
     images = g(g.latent(a_draw(6)))
     assert images.shape == (6, *shape) and images.abs().max() <= 1
     logits, features = d(images, a_draw(6))
     assert logits.shape == (6, 11) and len(features) == 6 and features.dim() == 2
 
 
-def test_joining_batches_changes_nothing_for_the_discriminator() -> None:
-    d = build_discriminator("dcgan", (1, 28, 28), 10, {"width": 4}).double()
+@pytest.mark.parametrize("family", ["conv_small", "dcgan"])
+def test_joining_batches_changes_nothing_for_the_discriminator(family: str) -> None:
+    d = build_discriminator(family, (1, 28, 28), 10, {"width": 4}).double()
     images = torch.rand(8, 1, 28, 28, dtype=torch.float64)
     joined = d(images).logits
     apart = torch.cat([d(images[:3]).logits, d(images[3:]).logits])
     assert torch.allclose(joined, apart, atol=1e-14)
 
 
-def test_randomness_comes_from_the_draw_alone() -> None:
-    d = build_discriminator("dcgan", (1, 28, 28), 10, {"width": 4})
+@pytest.mark.parametrize("family", ["conv_small", "dcgan"])
+def test_randomness_comes_from_the_draw_alone(family: str) -> None:
+    d = build_discriminator(family, (1, 28, 28), 10, {"width": 4})
     images = torch.rand(8, 1, 28, 28)
     assert torch.equal(d(images).logits, d(images).logits)
     assert torch.equal(d(images, a_draw(8)).logits, d(images, a_draw(8)).logits)
@@ -69,6 +76,21 @@ def test_batch_norm_is_torchs_own_on_one_rank(shape: tuple[int, ...]) -> None:
     assert torch.allclose(ours.running_var, theirs.running_var)
     ours.eval(), theirs.eval()
     assert torch.allclose(ours(a), theirs(b))
+
+
+def test_conv_small_is_the_papers_but_for_its_width() -> None:
+    d = build_discriminator("conv_small", (3, 32, 32), 10, {"width": 96})
+    layers = [
+        d.conv1,
+        *(m for b in (d.block1, d.block2, d.block3) for m in b if hasattr(m, "weight")),
+    ]
+    assert [tuple(layer.weight.shape) for layer in layers] == [
+        (96, 3, 3, 3), (96, 96, 3, 3), (96, 96, 3, 3),
+        (192, 96, 3, 3), (192, 192, 3, 3), (192, 192, 3, 3),
+        (192, 192, 3, 3), (192, 192, 1, 1), (192, 192, 1, 1),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="9x9 pixels or more, and these are 8x32"):
+        build_discriminator("conv_small", (1, 8, 32), 10, {})
 
 
 def test_data_dependent_init_standardizes_every_layer() -> None:
@@ -230,7 +252,7 @@ def test_a_users_own_model_is_found_by_name(
 @pytest.mark.parametrize(
     ("name", "args", "says"),
     [
-        ("dcgann", {}, "take one of book, dcgan, mlp"),
+        ("dcgann", {}, "take one of book, conv_small, dcgan, mlp"),
         ("no_such_module:D", {}, "can't be imported"),
         ("sgan_dist.models.dcgan:Nothing", {}, "can't be imported"),
         ("dcgan", {"wdith": 3}, "do not fit DCGANDiscriminator"),
