@@ -90,8 +90,6 @@ class LossConfig:
     """targets whose largest probability, aligned and not yet sharpened, is below it are left out"""
     entropy: float = 0.0
     """weight of the entropy of the classes of unlabeled images"""
-    pull_away: float = 0.0
-    """weight, in G's loss, of the squared cosines between its images' features"""
 
 
 @dataclass(frozen=True)
@@ -250,9 +248,6 @@ def check(config: Config) -> Config:
             loss=dataclasses.replace(config.loss, consistency=0.0, entropy=0.0),
             train=dataclasses.replace(config.train, baseline_steps=0),
         )
-    if config.model.generator is None:
-        loss = dataclasses.replace(config.loss, pull_away=0.0)
-        config = dataclasses.replace(config, loss=loss)
     d, t, o = config.data, config.train, config.optim
     must_be_positive = {
         "data.labeled_batch": d.labeled_batch,
@@ -307,8 +302,6 @@ def check(config: Config) -> Config:
             raise UserError(f"{key} is {value}, and must not be negative")
     if config.loss.threshold > 1:
         raise UserError(f"loss.threshold is {config.loss.threshold}, and no probability is above 1")
-    if config.loss.pull_away and t.fake_batch < 2:
-        raise UserError("loss.pull_away compares images of one batch, and train.fake_batch is 1")
     if not 0 <= o.decay <= 1:
         raise UserError(f"optim.decay is {o.decay}, and must be a fraction from 0 to 1")
     if o.clip_norm is not None and not o.clip_norm > 0:

@@ -80,32 +80,6 @@ def feature_mean(parts: list[Tensor], count: int) -> Tensor:
     return all_sum(torch.stack([_upcast(part.detach()).sum(0) for part in parts]).sum(0)) / count
 
 
-def pull_away(features: Tensor, scatter: Tensor, count: int, shares: int) -> Tensor:
-    """Mean squared cosine between the features of two images of the global batch.
-
-    Zhao et al. 2017 (EBGAN), eq. 6. With rows u_i of length 1 the sum over all pairs, i = j as well,
-    is |sum_i u_i u_i^T|^2: so the matrix (F, F) alone is global, and without gradient, which comes
-    by the part's own rows as in `feature_matching`.
-
-    Args:
-        features: of this rank's part of the fakes, (n, F).
-        scatter: of the global batch of `count` fakes; see `scatter_of`.
-        count: see there.
-        shares: parts of all ranks together, each of which computes the same sum over all pairs.
-    """
-    rows = F.normalize(_upcast(features))
-    own = rows.T @ rows
-    pairs = (scatter + (own - own.detach())).square().sum()
-    same = rows.square().sum(1).square().sum()  # i = j, of this part
-    return (pairs - pairs.detach() * (1 - 1 / shares) - same) / (count * (count - 1))
-
-
-def scatter_of(parts: list[Tensor]) -> Tensor:
-    """sum_i u_i u_i^T, (F, F), over all ranks' rows u_i = f_i / |f_i| of (n, F); no gradient."""
-    rows = [F.normalize(_upcast(part.detach())) for part in parts]
-    return all_sum(torch.stack([u.T @ u for u in rows]).sum(0))
-
-
 def non_saturating(log_odds: Tensor, count: int) -> Tensor:
     """-log p(real | G(z)) (Goodfellow et al. 2014), for the generator; `count` is global."""
     return F.softplus(-log_odds).sum() / count

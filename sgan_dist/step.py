@@ -89,10 +89,10 @@ def generator_step(
     player, step = networks.generator, batch.step
     assert player is not None
     discriminator = networks.discriminator.network
-    weights, matching = config.loss, config.loss.generator == "feature_matching"
+    matching = config.loss.generator == "feature_matching"
     count, shares = config.train.fake_batch, dict[str, Tensor]()
     parts = config.train.accumulation * backend.world_size
-    real_mean = fake_mean = fake_scatter = features = None
+    real_mean = fake_mean = features = None
     if matching:
         # Apart from the fakes: it needs no backward, and D does not mix samples of two parts.
         real = {"unlabeled": to_float(batch.unlabeled, backend)}
@@ -103,30 +103,23 @@ def generator_step(
     with player.part(last=True):
         fake = _generate(player, "generator", config, backend, step)
         leaf = fake.detach().requires_grad_()
-        if (matching or weights.pull_away) and config.train.accumulation > 1:
+        if matching and config.train.accumulation > 1:
             whole = {"fake": leaf}
             features = _features(discriminator, whole, "generator/fake", config, backend, step)
         for part in _parts({"fake": leaf}, "generator/fake", config, backend, step):
             images = augment(part.images["fake"], config.augment, part.draw)
             with frozen(discriminator), backend.autocast():
                 out = discriminator(images, part.draw)
-            fakes = features or [out.features]  # without accumulation, this part is all
             if real_mean is not None:
                 if fake_mean is None:
+                    fakes = features or [out.features]  # without accumulation, this part is all
                     fake_mean = losses.feature_mean(fakes, count)
                 loss = losses.feature_matching(real_mean, out.features, fake_mean, count, parts)
             else:
-                odds = losses.log_odds_real(out.logits, weights.form)
+                odds = losses.log_odds_real(out.logits, config.loss.form)
                 loss = losses.non_saturating(odds, count)
-            terms: dict[str, tuple[float, Tensor]] = {weights.generator: (1.0, loss)}
-            if weights.pull_away:
-                if fake_scatter is None:
-                    fake_scatter = losses.scatter_of(fakes)
-                loss = losses.pull_away(out.features, fake_scatter, count, parts)
-                terms["pull_away"] = weights.pull_away, loss
-
-            _add(shares, {f"g/{name}": loss for name, (_, loss) in terms.items()})
-            torch.autograd.backward([_weighted(terms)])
+            _add(shares, {f"g/{config.loss.generator}": loss})
+            torch.autograd.backward([loss])
         assert leaf.grad is not None
         player.backward((fake * leaf.grad).sum())
     return _update(player, "g", shares, config.optim.generator_lr, config, step)

@@ -38,7 +38,6 @@ TERMS = (
     "--optim.generator_lr=1e-3",
     "--loss.threshold=0.4",
     "--loss.entropy=0.3",
-    "--loss.pull_away=1",
 )
 BOOK = (
     "--model.discriminator=book",

@@ -147,27 +147,3 @@ def test_entropy_value_and_gradient() -> None:
     assert torch.allclose(logits.grad, -p * (p.log() + each) / N)
     assert torch.allclose(losses.entropy(torch.zeros(1, 4), 1), torch.tensor(4.0).log())
     assert losses.entropy(torch.tensor([[2000.0, 0.0]]), 1) == 0
-
-
-def test_pull_away_is_the_naive_sum_over_pairs() -> None:
-    right = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 3.0]])  # squared cosines 0, 1/2, 1/2
-    assert losses.pull_away(right, losses.scatter_of([right]), 3, 1).item() == pytest.approx(1 / 3)
-
-    features = torch.randn(5, 4, dtype=torch.float64)
-    features[3] = 0  # dead units: a cosine of 0
-    features.requires_grad_()
-
-    def naive(f: torch.Tensor) -> torch.Tensor:
-        squared = F.cosine_similarity(f[:, None], f[None], dim=2).square()
-        return (squared.sum() - squared.diagonal().sum()) / 20
-
-    naive(features).backward()
-    expected, features.grad = features.grad, None
-    for cuts in ([slice(0, 5)], [slice(0, 2), slice(2, 5)]):
-        scatter = losses.scatter_of([features[c] for c in cuts])
-        shares = [losses.pull_away(features[c], scatter, 5, len(cuts)) for c in cuts]
-        assert torch.allclose(sum(shares), naive(features))
-        features.grad = None
-        sum(shares).backward()
-        live = [0, 1, 2, 4]
-        assert torch.allclose(features.grad[live], expected[live])
