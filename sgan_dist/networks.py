@@ -115,12 +115,17 @@ def build(
     return Networks(player, generator, average, uniform)
 
 
-def initialize(networks: Networks, first: SemiSupervisedBatch, backend: Backend) -> None:
-    """Data-dependent first values of D, from the whole first global batch, alike on every rank."""
+def initialize(networks: Networks, first: SemiSupervisedBatch, seed: int, backend: Backend) -> None:
+    """Data-dependent first values of D, from the whole first global batch, alike on every rank.
+
+    With D's noise: without it signals start larger against noise whose size is fixed, and stay so
+    where the scale of a layer is not trained.
+    """
     parts = [first.labeled, first.unlabeled]
     images = torch.cat([gather_batch(to_float(part, backend)) for part in parts if len(part)])
     # In eval mode: batch norm must not take every rank's copy of the images for a part of a batch.
-    data_dependent_init(networks.discriminator.network.eval(), images)
+    draw = Draw(seed, "init", 0, {"first": Rows(len(images), 0, len(images))}, backend.device)
+    data_dependent_init(networks.discriminator.network.eval(), images, draw)
     networks.discriminator.network.train()
     networks.average.load_state_dict(networks.discriminator.network.state_dict())
 

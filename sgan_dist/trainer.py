@@ -152,7 +152,7 @@ def _train(config: Config, index: DatasetIndex, backend: Backend) -> dict[str, A
     batches = loader.batches(step)
     if step == 0:
         first = together(lambda: next(batches))
-        initialize(networks, first, backend)
+        initialize(networks, first, config.seed, backend)
         batches = itertools.chain([first], batches)
     tracker = together(lambda: Tracker(run, config, step, active=zero))
     here = rundir.environment(backend)

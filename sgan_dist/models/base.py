@@ -78,12 +78,12 @@ def normed(layer: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def data_dependent_init(network: nn.Module, images: Tensor) -> None:
-    """Scales weight-normed layers so that their outputs have mean 0 and variance 1 on `images`.
+def data_dependent_init(network: nn.Module, *inputs: object) -> None:
+    """Scales weight-normed layers so that their outputs have mean 0 and variance 1 on `inputs`.
 
-    Salimans & Kingma 2016, sec. 3. Run it on the same images on every rank. The variance is over
-    the batch and, for maps, over positions. Layers without a bias keep their mean, and those
-    without weight norm are left as they are.
+    Salimans & Kingma 2016, sec. 3. Run it on the same inputs, the same noise among them, on every
+    rank. The variance is over the batch and, for maps, over positions. Layers without a bias keep
+    their mean, and those without weight norm are left as they are.
     """
 
     def standardize(layer: nn.Module, _: object, out: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def data_dependent_init(network: nn.Module, images: Tensor) -> None:
     ]
     hooks = [layer.register_forward_hook(standardize) for layer in layers]
     try:
-        network(images)
+        network(*inputs)
     finally:
         for hook in hooks:
             hook.remove()

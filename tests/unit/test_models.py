@@ -93,14 +93,20 @@ def test_conv_small_is_the_papers_but_for_its_width() -> None:
         build_discriminator("conv_small", (1, 8, 32), 10, {})
 
 
-def test_data_dependent_init_standardizes_every_layer() -> None:
+@pytest.mark.parametrize("noisy", [False, True])
+def test_data_dependent_init_standardizes_every_layer(noisy: bool) -> None:
     d = build_discriminator("dcgan", (1, 28, 28), 10, {"width": 4})
     images = torch.rand(200, 1, 28, 28) * 2 - 1
-    data_dependent_init(d, images)
+
+    def draw() -> Draw | None:
+        rows = {"all": Rows(200, 0, 200)}
+        return Draw(0, "init", 0, rows, torch.device("cpu")) if noisy else None
+
+    data_dependent_init(d, images, draw())
     found = []
     for layer in (d.conv1, d.conv4, d.head):
         layer.register_forward_hook(lambda _m, _i, out: found.append(out.detach()))
-    d(images)
+    d(images, draw())
     for out in found:
         axes = [a for a in range(out.dim()) if a != 1]
         assert torch.allclose(out.mean(axes), torch.zeros(out.shape[1]), atol=1e-4)
