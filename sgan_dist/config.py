@@ -88,8 +88,6 @@ class LossConfig:
     """of those targets: below 1 sharpens them"""
     threshold: float = 0.0
     """targets whose largest probability, aligned and not yet sharpened, is below it are left out"""
-    entropy: float = 0.0
-    """weight of the entropy of the classes of unlabeled images"""
 
 
 @dataclass(frozen=True)
@@ -245,7 +243,7 @@ def check(config: Config) -> Config:
             config,
             data=dataclasses.replace(config.data, unlabeled_batch=0),
             model=dataclasses.replace(config.model, generator=None),
-            loss=dataclasses.replace(config.loss, consistency=0.0, entropy=0.0),
+            loss=dataclasses.replace(config.loss, consistency=0.0),
             train=dataclasses.replace(config.train, baseline_steps=0),
         )
     d, t, o = config.data, config.train, config.optim

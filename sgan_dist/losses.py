@@ -90,14 +90,6 @@ def soft_cross_entropy(class_logits: Tensor, targets: Tensor, count: int) -> Ten
     return -(targets * class_logits.log_softmax(1)).sum() / count
 
 
-def entropy(class_logits: Tensor, count: int) -> Tensor:
-    """-sum_y p log p of p = softmax(class_logits), (n, N), of unlabeled images; `count` is global.
-
-    Grandvalet & Bengio 2005; conditional entropy in Dai et al. 2017, eq. 8.
-    """
-    return -(class_logits.softmax(1) * class_logits.log_softmax(1)).sum() / count
-
-
 def aligned(p: Tensor, mean: Tensor) -> Tensor:
     """Distributions p (n, N) corrected by the ratio of the uniform marginal to their mean (N,).
 

@@ -69,9 +69,6 @@ def discriminator_step(
                 terms["consistency"] = weights.consistency, loss
                 if weights.threshold:
                     seen["d/confident"] = wanted.any(1).sum() / totals["unlabeled"]
-            if weights.entropy:
-                guesses = losses.class_logits(logits["unlabeled"], form)
-                terms["entropy"] = weights.entropy, losses.entropy(guesses, totals["unlabeled"])
             if (step + 1) % config.train.log_every == 0:  # a loss that moves nothing: an alarm
                 for name, (_, loss) in terms.items():
                     (gradient,) = torch.autograd.grad(loss, out.logits, retain_graph=True)

@@ -37,7 +37,6 @@ TERMS = (
     "--optim.lr=1e-3",
     "--optim.generator_lr=1e-3",
     "--loss.threshold=0.4",
-    "--loss.entropy=0.3",
 )
 BOOK = (
     "--model.discriminator=book",

@@ -136,14 +136,3 @@ def test_targets_below_the_threshold_have_no_part_in_the_loss() -> None:
     assert torch.allclose(loss, -((one * q[0]).sum() + (two * q[2]).sum()) / 3)  # of all, not of 2
     assert torch.equal(logits.grad[1], torch.zeros(2, dtype=torch.float64))
     assert torch.equal(losses.confident(p, p, 0.0), p)
-
-
-def test_entropy_value_and_gradient() -> None:
-    logits = LOGITS.clone().requires_grad_()
-    p = LOGITS.softmax(1)
-    each = -(p * p.log()).sum(1, keepdim=True)
-    losses.entropy(logits, N).backward()
-    assert torch.allclose(losses.entropy(LOGITS, N), each.mean())
-    assert torch.allclose(logits.grad, -p * (p.log() + each) / N)
-    assert torch.allclose(losses.entropy(torch.zeros(1, 4), 1), torch.tensor(4.0).log())
-    assert losses.entropy(torch.tensor([[2000.0, 0.0]]), 1) == 0
