@@ -72,6 +72,7 @@ class Storage:
         self._stop = threading.Event()
         self._wanted: queue.SimpleQueue[Shard | None] = queue.SimpleQueue()
         self._on_the_way: set[str] = set()
+        self._failed: set[str] = set()  # while brought ahead; the next `open` tries again
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
@@ -88,7 +89,9 @@ class Storage:
         location = join(self.root, shard.name)
         if is_remote(location):
             self._given.add(shard)
-            return self._cached(shard, location, threading.Event())
+            file = self._cached(shard, location, threading.Event())
+            self._failed.discard(shard.sha256)
+            return file
         again = f"copy it again, or {prepare_again(self.root)}"
         try:
             file = open(location, "rb")
@@ -215,10 +218,12 @@ class Storage:
     def ahead(self, shards: Iterable[Shard]) -> None:
         """Begin to bring remote shards that are not there yet, in this order, in the background.
 
-        Those that are there count as used. What fails is tried again by the `open` that needs it.
+        Those that are there count as used. What fails is left to the `open` that needs it: were it
+        tried at every call, all ranks would go on asking a server for what it can't give.
         """
         for shard in shards:
-            if shard.sha256 in self._on_the_way or not is_remote(join(self.root, shard.name)):
+            known = shard.sha256 in self._on_the_way or shard.sha256 in self._failed
+            if known or not is_remote(join(self.root, shard.name)):
                 continue
             try:
                 os.utime(self._path(shard))
@@ -244,10 +249,11 @@ class Storage:
             try:
                 self._cached(shard, join(self.root, shard.name), self._stop).close()
             except (UserError, OSError):
-                continue  # the shard may never be needed; `open` tries again, and says it
+                self._failed.add(shard.sha256)  # it may never be needed; `open` says it
             except Stopped:
                 return
             except Exception as error:  # noqa: BLE001 - the next shards are to be brought still
+                self._failed.add(shard.sha256)
                 _say(f"cannot bring shard {shard.name} ahead: {error!r}")
             finally:
                 self._on_the_way.discard(shard.sha256)

@@ -510,6 +510,36 @@ def test_ahead_fails_and_open_says_it(server, cache):
     at.close()
 
 
+def test_what_failed_ahead_is_left_to_open(server, cache):
+    shard, last = put(server.folder, "a.tar"), put(server.folder, "z.tar")
+    server.faults["/a.tar"] = [status(403), status(403)]
+    at = storage(server.url, cache)
+
+    def ahead() -> None:
+        """What is asked for again is not asked for twice; `last` comes after it, when it is new."""
+        (cache / last.sha256[:2] / last.sha256).unlink(missing_ok=True)
+        at.ahead([shard, last])
+        while not (cache / last.sha256[:2] / last.sha256).exists():
+            time.sleep(0.01)
+        while not server.requests["/a.tar"] or list(cache.glob("incoming/*")):
+            time.sleep(0.01)
+
+    for _ in range(3):
+        ahead()
+    assert server.requests["/a.tar"] == 1
+    with pytest.raises(UserError, match=r"cannot download .*/a\.tar \(HTTP 403"):
+        at.open(shard)
+    ahead()
+    assert server.requests["/a.tar"] == 2
+    assert content(at, shard) == body("a.tar")
+    (cache / shard.sha256[:2] / shard.sha256).unlink()  # as by another job of the node
+    ahead()
+    while not (cache / shard.sha256[:2] / shard.sha256).exists():
+        time.sleep(0.01)
+    at.close()
+    assert server.requests["/a.tar"] == 4
+
+
 def test_close_ends_stalled_downloads(server, cache):
     shards = [put(server.folder, f"{letter}.tar") for letter in "abcdefgh"]
     server.faults = {f"/{shard.name}": stall for shard in shards}
