@@ -1,4 +1,4 @@
-"""The images that are streamed, and the folders that the pipelines read them from."""
+"""The images that are streamed, and the folders from which the pipelines read them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from sgan_dist.data.prepare import prepare
-from sgan_dist.data.sources import DIGITS, Source, load_source
-from sgan_dist.data.tars import index_shards
+from sgan_dist.data.prepare.foreign import index_shards
+from sgan_dist.data.prepare.shards import prepare
+from sgan_dist.data.prepare.sources import DIGITS, Source, load_source
 
 Bytes = NDArray[np.uint8]
 
 HELD_OUT = 10  # images for validation, and as many for the test
-SHARDS = 8  # of a per-sample set, so that every worker has some
+SHARDS = 8  # of a per-sample set, so that every worker gets some
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class Kind:
 
     @property
     def suffix(self) -> str:
-        """How an image's file ends: photos of some size are JPEG, as they are anywhere."""
+        """The extension of an image's file: larger photos are JPEG, as usual."""
         return "jpg" if self.shape[0] > 64 else "png"
 
     @property
     def format(self) -> str:
-        """The name of that format."""
+        """The name of the format."""
         return "JPEG" if self.suffix == "jpg" else "PNG"
 
 
 def draw(kind: Kind) -> Bytes:
-    """The images of a kind, always the same: repeated digits, or crops of real photos."""
+    """Returns the images of a kind, always the same: repeated digits, or crops of real photos."""
     count = max(kind.packed, kind.encoded) + HELD_OUT
     if kind.shape[2] == 1:
         digits = load_source("digits").train_images
@@ -67,7 +67,7 @@ def draw(kind: Kind) -> Bytes:
 
 
 def _photos(side: int) -> list[Bytes]:
-    """The two photos that scikit-learn ships, each at four scales that hold a crop of `side`."""
+    """Returns scikit-learn's two photos, each at four scales that contain a crop of `side`."""
     from sklearn.datasets import load_sample_images
 
     scenes = []
@@ -80,7 +80,7 @@ def _photos(side: int) -> list[Bytes]:
 
 
 def encode(image: Bytes, suffix: str) -> bytes:
-    """The image as a PNG or JPEG file."""
+    """Returns the image as a PNG or JPEG file."""
     buffer = io.BytesIO()
     pixels = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
     pixels.save(buffer, format="JPEG" if suffix == "jpg" else "PNG", quality=90)
@@ -88,7 +88,7 @@ def encode(image: Bytes, suffix: str) -> bytes:
 
 
 def make(folder: Path, kind: Kind, images: Bytes, optional: bool) -> None:
-    """Makes what is not there yet of a kind's folders; `optional` ones for what is installed."""
+    """Makes the missing folders of a kind; with `optional`, also those of installed libraries."""
     encoded = images[: kind.encoded + HELD_OUT]
     if kind.packed:
         _once(folder / "packed", lambda out: _prepare(out, images, "packed", "windowed"))
@@ -110,7 +110,7 @@ def make(folder: Path, kind: Kind, images: Bytes, optional: bool) -> None:
 
 
 def _once(out: Path, write: Callable[[Path], object]) -> None:
-    """Writes a folder, unless an earlier run has."""
+    """Writes a folder, unless an earlier run has written it."""
     if out.exists():
         return
     partial = out.with_name(f"{out.name}.partial")
@@ -124,13 +124,13 @@ def _prepare(out: Path, images: Bytes, layout: str, order: str) -> None:
     held = images[:HELD_OUT], labels[:HELD_OUT]
     source = Source(images, labels, *held, class_names=DIGITS, name="benchmark")
     samples = None if layout == "packed" else (len(images) - HELD_OUT) // SHARDS
-    # images that lie in memory, which no name of a source stands for
-    with mock.patch("sgan_dist.data.prepare.load_source", return_value=source):
+    # the images are in memory, and no source name stands for them
+    with mock.patch("sgan_dist.data.prepare.shards.load_source", return_value=source):
         prepare("benchmark", out, 1, 0, HELD_OUT, layout, order, samples, progress=False)
 
 
 def _write_jpegs(out: Path, images: Bytes) -> None:
-    """WebDataset tars of `jpg` and `cls`, as they are usual."""
+    """Writes the usual WebDataset tars of `jpg` and `cls`."""
 
     def record(number: int, image: Bytes) -> dict[str, bytes]:
         return {"jpg": encode(image, "jpg"), "cls": str(number % len(DIGITS)).encode()}
@@ -180,5 +180,5 @@ def _silence() -> Iterator[None]:
 
 
 def encoded_tars(folder: Path, kind: Kind) -> Path:
-    """Where a kind's tars of PNG or JPEG files lie."""
+    """Returns the folder of a kind's tars of PNG or JPEG files."""
     return folder / ("encoded" if kind.suffix == "png" else "tars") / "unlabeled"

@@ -18,7 +18,7 @@ from images import Bytes, Kind, encoded_tars
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from sgan_dist.config import DataConfig
+from sgan_dist.config import BatchConfig, Config, DataConfig, StreamConfig
 from sgan_dist.data.index import load_index
 from sgan_dist.data.loader import SemiSupervisedLoader
 
@@ -33,18 +33,18 @@ LITDATA = "LitData"
 PLAIN = "tarfile + numpy.frombuffer"
 
 LANES = 8
-LEAST_A_LANE = 8  # samples a lane and step, for the row of many lanes
-MESSAGE_STEPS = 8  # a multiple of the steps that a message of our workers carries
+SAMPLES_A_LANE = 8  # in a step, for the row of many lanes
 SHUFFLED = 1000  # samples in webdataset's shuffle buffer
 NPY_HEADER = 128
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One row: `batches(workers)` opens it, for up to `most_workers`.
+    """One row: `batches(workers)` opens it, for up to `max_workers`.
 
-    An epoch is `epoch` images. `files` is the folder that it goes on reading, None where it holds
-    its images in memory. `cycle(workers)` is the batches after which all workers are as before.
+    An epoch is `epoch` images. `files` is the folder that it reads while it runs, None if it holds
+    its images in memory. `cycle(workers)` is the number of batches after which every worker has
+    made equally many.
     """
 
     name: str
@@ -52,17 +52,17 @@ class Pipeline:
     epoch: int
     files: Path | None
     cycle: Callable[[int], int]
-    most_workers: int = 2
+    max_workers: int = 2
 
 
 def pipelines(folder: Path, kind: Kind, images: Bytes) -> list[Pipeline]:
-    """The rows of a kind of images that can be run here."""
+    """Returns the rows of a kind of images that can be run on this machine."""
 
     def ours(name: str, root: Path, lanes: int, epoch: int, files: Path) -> Pipeline:
         batches = partial(_ours, root, kind.batch, lanes)
-        return Pipeline(name, batches, epoch, files, lambda workers: MESSAGE_STEPS)
+        return Pipeline(name, batches, epoch, files, lambda workers: 1)
 
-    def theirs(name: str, batches: Any, epoch: int, files: Path | None) -> Pipeline:
+    def other(name: str, batches: Any, epoch: int, files: Path | None) -> Pipeline:
         return Pipeline(name, batches, epoch, files, lambda workers: max(workers, 1))
 
     rows = []
@@ -70,44 +70,45 @@ def pipelines(folder: Path, kind: Kind, images: Bytes) -> list[Pipeline]:
     if kind.packed:
         full = partial(_ours, folder / "full", kind.batch, LANES)
         plain = partial(_plain, packed / "unlabeled", kind)
-        many = kind.batch // LEAST_A_LANE
+        many = kind.batch // SAMPLES_A_LANE
         rows = [
-            Pipeline(FULL, full, kind.packed, None, lambda workers: 1, most_workers=0),
+            Pipeline(FULL, full, kind.packed, None, lambda workers: 1, max_workers=0),
             ours(WINDOWED, packed, LANES, kind.packed, packed),
             ours(MANY_LANES, packed, many, kind.packed, packed),
-            Pipeline(PLAIN, plain, kind.packed, packed, lambda workers: 1, most_workers=0),
+            Pipeline(PLAIN, plain, kind.packed, packed, lambda workers: 1, max_workers=0),
         ]
     raw = folder / "raw"
     rows += [
         ours(f"{PER_SAMPLE}, {kind.format}", folder / "encoded", LANES, kind.encoded, tars),
-        theirs(f"{USUAL}, {kind.format}", partial(_usual, tars, kind), kind.encoded, tars),
-        theirs(RAW, partial(_raw, raw, kind), kind.encoded, raw),
-        theirs(TENSORS, partial(_tensors, torch.from_numpy(images), kind.batch), kind.batch, None),
+        other(f"{USUAL}, {kind.format}", partial(_usual, tars, kind), kind.encoded, tars),
+        other(RAW, partial(_raw, raw, kind), kind.encoded, raw),
+        other(TENSORS, partial(_tensors, torch.from_numpy(images), kind.batch), kind.batch, None),
     ]
     stored = folder / "litdata"
     if stored.exists():
-        rows.append(theirs(LITDATA, partial(_litdata, stored, kind), kind.encoded, stored))
+        rows.append(other(LITDATA, partial(_litdata, stored, kind), kind.encoded, stored))
     return rows
 
 
 def _ours(root: Path, batch: int, lanes: int, workers: int) -> Iterator[torch.Tensor]:
-    # the loader wants labels too: one a step costs next to nothing
-    config = DataConfig(
-        root=str(root), labeled_batch=1, unlabeled_batch=batch, lanes=lanes, workers=workers
+    config = Config(
+        data=DataConfig(root=str(root)),
+        batch=BatchConfig(labeled=1, unlabeled=batch),  # one labeled image costs next to nothing
+        stream=StreamConfig(lanes=lanes, workers=workers),
     )
-    with SemiSupervisedLoader(load_index(root), config, 0, 0, 1) as loader:
+    with SemiSupervisedLoader(load_index(root), config, 0, 1) as loader:
         for step in loader.batches(0):
             yield step.unlabeled
 
 
 def _usual(tars: Path, kind: Kind, workers: int) -> Iterator[Any]:
-    """The pipeline of webdataset's own examples."""
+    """The pipeline of webdataset's examples."""
     spec = "l8" if kind.shape[2] == 1 else "rgb8"
     return _loaded(_shards(tars).decode(spec).to_tuple(kind.suffix), kind, workers)
 
 
 def _raw(tars: Path, kind: Kind, workers: int) -> Iterator[Any]:
-    """The same without decoding: an image's pixels are the bytes of its file."""
+    """The same without decoding: an image's file holds its pixels."""
 
     def pixels(data: bytes) -> Bytes:
         return np.frombuffer(data, np.uint8).reshape(kind.shape)
@@ -136,8 +137,8 @@ def _tensors(images: torch.Tensor, batch: int, workers: int) -> Iterator[torch.T
         persistent_workers=workers > 0,
     )
     while True:
-        for (found,) in loader:
-            yield found
+        for (batch_images,) in loader:
+            yield batch_images
 
 
 def _litdata(stored: Path, kind: Kind, workers: int) -> Iterator[torch.Tensor]:
@@ -155,7 +156,7 @@ def _litdata(stored: Path, kind: Kind, workers: int) -> Iterator[torch.Tensor]:
 
 
 def _plain(tars: Path, kind: Kind, workers: int) -> Iterator[Bytes]:
-    """The same bytes as packed records, record after record: not shuffled, not in batches."""
+    """The bytes of packed records, record after record: not shuffled, not in batches."""
     while True:
         for path in sorted(tars.glob("*.tar")):
             with tarfile.open(path, "r:") as tar:

@@ -1,7 +1,7 @@
-"""How fast images come out of our streams, and out of others', as one table.
+"""How fast our streams and those of other libraries deliver images, as one table.
 
-MosaicML Streaming is not in it: its last release needs numpy < 2.2 and transformers < 5, and does
-not install beside the versions that constraints.txt names.
+MosaicML Streaming is not in it: its last release needs numpy < 2.2 and transformers < 5, and cannot
+be installed with the versions in constraints.txt.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ Cell = tuple[bool, int]  # cold, workers
 Rates = dict[str, dict[Cell, float]]  # samples a second and core, of each row
 
 HEADER = """\
-Samples a second and core, and (x) how many times that of webdataset's usual per-sample pipeline in
-the same column. {batches}.
-a core  the busy processes: the workers, or 1 where this process reads; 1 torch thread each
-warm    the files are in the page cache; without workers one epoch is read first, so that buffers are
-        there as well
-cold    they are dropped from it after the first batches, by fsync and posix_fadvise(DONTNEED); at
-        most one epoch is read then
--       the pipeline has no workers, or has its images in memory
-{seconds} s or more each. Warm without workers, which the verdicts are about, is the best of {rounds}
-rounds, taken in turn, in seconds of processor time, which other programs change least."""
+Samples per second and core, and (x) the ratio to webdataset's usual per-sample pipeline in the same
+column. {batches}.
+core    a busy process: a worker, or this process if there are none; 1 torch thread each
+warm    the files are in the page cache; without workers, one epoch is read first, so that buffers
+        exist as well
+cold    the files are dropped from it after the first batches, by fsync and
+        posix_fadvise(DONTNEED); at most one epoch is read then
+-       the pipeline has no workers, or holds its images in memory
+{seconds} s or more each. "Warm without workers", on which the verdicts are based, is the best of
+{rounds} alternating rounds, in processor time, which other programs disturb least."""
 
 
 def measure(pipeline: Pipeline, cold: bool, workers: int, seconds: float) -> float:
-    """Samples a second and core, over whole epochs unless these take too long."""
+    """Returns samples per second and core, over whole epochs unless these take too long."""
     cycle = pipeline.cycle(workers)
     with contextlib.closing(pipeline.batches(workers)) as batches:
         first = pipeline.epoch if (cold, workers) == VERDICT else 1
@@ -79,7 +79,7 @@ def measure(pipeline: Pipeline, cold: bool, workers: int, seconds: float) -> flo
             for _ in range(cycle):
                 seen += len(next(batches))
             elapsed = clock() - start
-            # windows are read all at once, so it takes whole epochs to count reading in full
+            # a window is read at once, so only whole epochs count all of the reading
             whole = seen % pipeline.epoch == 0 and (cold or elapsed >= seconds)
             done = whole or elapsed >= 3 * seconds
     return seen / elapsed / max(workers, 1)
@@ -95,10 +95,10 @@ def drop(folder: Path) -> None:
 
 
 def compare(rows: Sequence[Pipeline], cells: Sequence[Cell], seconds: float) -> Rates:
-    """The rate of every row and cell; the best of some rounds in the cell of the verdicts."""
+    """Returns the rate of every row and cell; of several rounds' best in the verdicts' cell."""
     rates: Rates = {row.name: {} for row in rows}
     for cold, workers in cells:
-        able = [row for row in rows if workers <= row.most_workers and (row.files or not cold)]
+        able = [row for row in rows if workers <= row.max_workers and (row.files or not cold)]
         for number in range(VERDICT_ROUNDS if (cold, workers) == VERDICT else 1):
             for row in able[:: -1 if number % 2 else 1]:
                 rate = measure(row, cold, workers, seconds)
@@ -107,13 +107,13 @@ def compare(rows: Sequence[Pipeline], cells: Sequence[Cell], seconds: float) -> 
 
 
 def table(kind: Kind, rates: Rates, cells: Sequence[Cell]) -> list[str]:
-    """The lines of one kind of images."""
+    """Returns the lines of one kind of images."""
     usual = rates[f"{USUAL}, {kind.format}"]
     lines = []
-    for name, found in rates.items():
+    for name, row in rates.items():
         texts = [
-            f"{_short(found[cell]):>7} {_short(found[cell] / usual[cell]) + 'x':>7}"
-            if cell in found
+            f"{_short(row[cell]):>7} {_short(row[cell] / usual[cell]) + 'x':>7}"
+            if cell in row
             else f"{'-':>7} {'':>7}"
             for cell in cells
         ]
@@ -124,7 +124,7 @@ def table(kind: Kind, rates: Rates, cells: Sequence[Cell]) -> list[str]:
 
 
 def _short(value: float) -> str:
-    """Three digits, and thousands or millions by a letter."""
+    """Returns three digits, with k for thousands and M for millions."""
     for unit, letter in ((1e6, "M"), (1e3, "k")):
         if value >= unit:
             return f"{value / unit:#.3g}".rstrip(".") + letter
@@ -132,7 +132,7 @@ def _short(value: float) -> str:
 
 
 def decoders(kind: Kind, images: np.ndarray, rates: Rates, seconds: float) -> list[str]:
-    """What the decoders do on their own, and what our per-sample path makes of it."""
+    """Returns the rates of the decoders alone, and our per-sample path's share of them."""
     files = [encode(image, kind.suffix) for image in images[: kind.encoded // 4]]
 
     def pillow(file: bytes) -> np.ndarray:
@@ -141,11 +141,11 @@ def decoders(kind: Kind, images: np.ndarray, rates: Rates, seconds: float) -> li
     def turbo(file: bytes) -> np.ndarray:
         return simplejpeg.decode_jpeg(file)
 
-    found = {"Pillow": pillow} | ({"simplejpeg": turbo} if kind.suffix == "jpg" else {})
-    alone = {name: _decoding(decode, files, seconds) for name, decode in found.items()}
-    said = ", ".join(f"{name} {_short(rate)}/s" for name, rate in alone.items())
-    line = f"{kind.name} {kind.format} decoded alone: {said}"
-    if len(found) > 1:
+    libraries = {"Pillow": pillow} | ({"simplejpeg": turbo} if kind.suffix == "jpg" else {})
+    alone = {name: _decoding_rate(decode, files, seconds) for name, decode in libraries.items()}
+    list_of_rates = ", ".join(f"{name} {_short(rate)}/s" for name, rate in alone.items())
+    line = f"{kind.name} {kind.format} decoded alone: {list_of_rates}"
+    if len(libraries) > 1:
         gaps = np.concatenate([(pillow(f).astype(int) - turbo(f)).ravel() for f in files[:64]])
         equal = "equal" if not gaps.any() else f"up to {abs(gaps).max()} of 255 apart"
         line += f"; their pixels are {equal}"
@@ -153,7 +153,7 @@ def decoders(kind: Kind, images: np.ndarray, rates: Rates, seconds: float) -> li
     return [f"{line}; {PER_SAMPLE}: {ours / max(alone.values()):.2f} of the faster"]
 
 
-def _decoding(
+def _decoding_rate(
     decode: Callable[[bytes], np.ndarray], files: Sequence[bytes], seconds: float
 ) -> float:
     seen, start = 0, time.process_time()
@@ -165,8 +165,8 @@ def _decoding(
 
 
 def verdicts(kind: Kind, rates: Rates) -> list[str]:
-    """What the packed path has to reach, warm and without workers."""
-    rate = {name: found[VERDICT] for name, found in rates.items()}
+    """Returns whether the packed path reaches its goals, warm and without workers."""
+    rate = {name: row[VERDICT] for name, row in rates.items()}
     usual = f"{USUAL}, {kind.format}"
 
     def line(what: str, goal: float, *pairs: tuple[str, str]) -> str:
@@ -184,10 +184,10 @@ def verdicts(kind: Kind, rates: Rates) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Makes the data, runs the pipelines and prints the table: the exit code."""
+    """Makes the data, runs the pipelines and prints the table; returns the exit code."""
     parser = argparse.ArgumentParser(prog="streams.py", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="under a minute: 28x28 images only")
-    parser.add_argument("--data", type=Path, help="a folder for the data, which is used again")
+    parser.add_argument("--data", type=Path, help="a folder for the data, to use it again")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     kinds, cells, seconds = (QUICK, QUICK_CELLS, 0.5) if args.quick else (KINDS, CELLS, 0.8)

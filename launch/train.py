@@ -1,12 +1,8 @@
-"""Trains a semi-supervised GAN: accelerate launch launch/train.py --config configs/digits.yaml"""
+"""`accelerate launch launch/train.py --config mnist`, the same as `sgan-dist train --config mnist`."""
 
 import sys
 
-from sgan_dist.preemption import catch_signals
-
-catch_signals()  # before the heavy imports: a signal while they load must not be lost
-
-from sgan_dist.trainer import main  # noqa: E402
+from sgan_dist.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,19 +1,33 @@
-"""What is meant for the person who runs the program: errors to mend, and words."""
+"""Errors that a user can act on, and the wording that they share."""
 
 
 class UserError(Exception):
-    """Something the user can mend: the message is one clear sentence with the fix.
+    """Something the user can fix. The message is one clear sentence that says how.
 
-    Scripts print it without a traceback and exit with 2.
+    Commands print it without a traceback and exit with 2.
     """
 
 
-class Outage(UserError):
-    """What may be over later, as a network that is away is: the same command is worth another try."""
+class TransientError(UserError):
+    """A UserError that may pass by itself, such as an unreachable server: retry the same command.
+
+    Commands exit with 75 (EX_TEMPFAIL).
+    """
 
 
 class NonFiniteLoss(UserError):
-    """A loss or a gradient became NaN or infinite; raised before the optimizer step, on every rank."""
+    """A loss or gradient became NaN or infinite. Raised before the optimizer step, on every rank."""
+
+
+class StopRequested(Exception):
+    """The run was asked to stop, and has saved a checkpoint: the same call resumes it.
+
+    `by_hand`: by the file STOP, so a batch script must not start it again.
+    """
+
+    def __init__(self, reason: str, by_hand: bool) -> None:
+        super().__init__(reason)
+        self.by_hand = by_hand
 
 
 def plural(number: int, noun: str) -> str:

@@ -1,13 +1,69 @@
-"""Datasets that the tests share: the embedded digits, prepared once for all."""
+"""What tests share: the embedded digits, prepared once per session, and a small run."""
 
 from __future__ import annotations
 
+import logging
+import sys
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
-from sgan_dist.config import Config, check, parse
-from sgan_dist.data.prepare import prepare
+from sgan_dist.config import Config, parse
+from sgan_dist.data.prepare.shards import prepare
+
+TESTS = Path(__file__).parent
+PROCESS_ROOMS = ("distributed", "e2e", "slurm")  # all their tests start processes
+_process_marked = True  # whether the running test may start processes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(item.path.is_relative_to(TESTS / room) for room in PROCESS_ROOMS):
+            item.add_marker(pytest.mark.process)
+
+
+@pytest.fixture(autouse=True)
+def _only_marked_tests_start_processes(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Keeps `make check` fast: a test that starts a process must be marked `process`."""
+    global _process_marked
+    _process_marked = request.node.get_closest_marker("process") is not None
+    if not _process_marked:
+        # multiprocessing starts its servers without an audit event
+        monkeypatch.setattr(BaseProcess, "start", lambda self: _refuse())
+    yield
+    _process_marked = True
+
+
+@pytest.fixture(autouse=True)
+def _the_log_is_as_a_program_finds_it() -> Iterator[None]:
+    """Undoes what `sgan_dist.cli.main`, called in a test, does to the package's logger."""
+    logger = logging.getLogger("sgan_dist")
+    before = logger.handlers, logger.propagate, logger.level
+    yield
+    logger.handlers, logger.propagate, logger.level = before
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The package's log of this process."""
+    caplog.set_level(logging.INFO, "sgan_dist")
+    return caplog
+
+
+def _refuse() -> None:
+    raise AssertionError("this test starts a process: mark it with @pytest.mark.process")
+
+
+def _audit(event: str, arguments: object) -> None:
+    if event in ("subprocess.Popen", "os.fork", "os.posix_spawn") and not _process_marked:
+        _refuse()
+
+
+sys.addaudithook(_audit)
 
 
 @pytest.fixture(scope="session")
@@ -35,16 +91,16 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_config(root: Path, run: Path, *overrides: str) -> Config:
-    """A run of a few seconds: small networks, every source of randomness on."""
-    config, _ = parse(
+    """The config of a run of a few seconds: small networks, every source of randomness on."""
+    return parse(
         [
             f"--data.root={root}",
             f"--run_dir={run}",
             "--name=small",
-            "--data.labeled_batch=12",
-            "--data.unlabeled_batch=24",
-            "--data.lanes=12",
-            "--train.fake_batch=12",
+            "--batch.labeled=12",
+            "--batch.unlabeled=24",
+            "--stream.lanes=12",
+            "--batch.fake=12",
             '--model.discriminator_args={"width": 4, "noise": 0.2, "dropout": 0.3}',
             '--model.generator_args={"width": 4, "latent_size": 8}',
             "--augment.rotation=10",
@@ -58,4 +114,3 @@ def small_config(root: Path, run: Path, *overrides: str) -> Config:
             *overrides,
         ]
     )
-    return check(config)

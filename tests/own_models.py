@@ -5,76 +5,90 @@ from __future__ import annotations
 import os
 import time
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgan_dist.distributed import GlobalBatchNorm
-from sgan_dist.models.base import DiscriminatorOutput
-from sgan_dist.noise import Draw
+from sgan_dist.gan.models.base import DiscriminatorOutput
+from sgan_dist.parallel.batchnorm import GlobalBatchNorm
+from sgan_dist.parallel.random import GlobalRandom
 
 
 class WithBatchNorm(nn.Module):
-    """Takes batch norm by its mode, train or eval, as torch's own layers do."""
+    """Batch norm that follows the module's mode, train or eval, as torch's own layers do."""
 
-    def __init__(self, image_shape: tuple[int, int, int], outputs: int) -> None:
+    def __init__(self, image_chw: tuple[int, int, int], outputs: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(image_shape[0], 8, 5, stride=4)
+        self.conv = nn.Conv2d(image_chw[0], 8, 5, stride=4)
         self.norm = GlobalBatchNorm(8)
         self.head = nn.Linear(8, outputs)
 
-    def forward(self, images: Tensor, draw: Draw | None = None) -> DiscriminatorOutput:
+    def forward(self, images: Tensor, rng: GlobalRandom | None = None) -> DiscriminatorOutput:
         features = F.relu(self.norm(self.conv(images))).mean((2, 3))
         return DiscriminatorOutput(self.head(features), features)
 
 
 class WithUnusedParameter(WithBatchNorm):
-    def __init__(self, image_shape: tuple[int, int, int], outputs: int) -> None:
-        super().__init__(image_shape, outputs)
+    def __init__(self, image_chw: tuple[int, int, int], outputs: int) -> None:
+        super().__init__(image_chw, outputs)
         self.forgotten = nn.Linear(3, 3)
 
 
 class HangsAtTheFirstStart(WithBatchNorm):
-    """Rank 1 hangs after some steps, as without its file system, unless SLURM has restarted it."""
+    """Rank 1 hangs after some steps, as if its file system were gone, until SLURM restarts it."""
 
     forwards = 0
 
-    def forward(self, images: Tensor, draw: Draw | None = None) -> DiscriminatorOutput:
+    def forward(self, images: Tensor, rng: GlobalRandom | None = None) -> DiscriminatorOutput:
         HangsAtTheFirstStart.forwards += 1
         first = "SLURM_RESTART_COUNT" not in os.environ
         if first and HangsAtTheFirstStart.forwards == 100 and os.environ.get("RANK") == "1":
             wait_for_nothing()
-        return super().forward(images, draw)
+        return super().forward(images, rng)
+
+
+class ChangesOnRankOne(WithBatchNorm):
+    """Changes one of its weights on rank 1 after some steps, so that the replicas differ."""
+
+    forwards = 0
+
+    def forward(self, images: Tensor, rng: GlobalRandom | None = None) -> DiscriminatorOutput:
+        ChangesOnRankOne.forwards += 1
+        if ChangesOnRankOne.forwards == 20 and os.environ.get("RANK") == "1":
+            with torch.no_grad():
+                self.head.weight[0, 0] += 1e-6
+        return super().forward(images, rng)
 
 
 class Crashes(WithBatchNorm):
-    """With an error that no one has foreseen."""
+    """Raises an error that is no UserError."""
 
-    def forward(self, images: Tensor, draw: Draw | None = None) -> DiscriminatorOutput:
+    def forward(self, images: Tensor, rng: GlobalRandom | None = None) -> DiscriminatorOutput:
         raise RuntimeError("no such kernel")
 
 
 class CrashesWhenToldToLeave(WithBatchNorm):
-    """At the first start it waits, in the middle of a step, for the batch script's file, and fails."""
+    """At the first start it waits in the middle of a step for the batch script's file, then fails."""
 
     forwards = 0
 
-    def forward(self, images: Tensor, draw: Draw | None = None) -> DiscriminatorOutput:
+    def forward(self, images: Tensor, rng: GlobalRandom | None = None) -> DiscriminatorOutput:
         CrashesWhenToldToLeave.forwards += 1
         if "SLURM_RESTART_COUNT" not in os.environ and CrashesWhenToldToLeave.forwards == 150:
             print("waits to be told", flush=True)
             while not os.path.exists(os.environ["SGAN_PREEMPTED"]):  # noqa: PTH110
                 time.sleep(0.1)
             raise RuntimeError("out of memory")
-        return super().forward(images, draw)
+        return super().forward(images, rng)
 
 
 class TakesItsTime(WithBatchNorm):
-    """A fifth of a second a step, whatever the machine."""
+    """Takes at least a fifth of a second a step on any machine."""
 
-    def forward(self, images: Tensor, draw: Draw | None = None) -> DiscriminatorOutput:
-        if draw is not None:
+    def forward(self, images: Tensor, rng: GlobalRandom | None = None) -> DiscriminatorOutput:
+        if rng is not None:
             time.sleep(0.07)
-        return super().forward(images, draw)
+        return super().forward(images, rng)
 
 
 def wait_for_nothing() -> None:

@@ -29,17 +29,17 @@ def run_ranks(
 
     Returns the results in rank order; raises RuntimeError with the traceback of the first failure.
     """
-    CONTEXT.set_forkserver_preload(["sgan_dist.trainer"])
+    CONTEXT.set_forkserver_preload(["sgan_dist.run.trainer"])
     port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):
-        ours, theirs = CONTEXT.Pipe(duplex=False)
+        receiver, sender = CONTEXT.Pipe(duplex=False)
         process = CONTEXT.Process(
-            target=_child, args=(rank, world_size, port, theirs, work, args), daemon=True
+            target=_child, args=(rank, world_size, port, sender, work, args), daemon=True
         )
         process.start()
-        theirs.close()
-        pipes.append(ours)
+        sender.close()
+        pipes.append(receiver)
         processes.append(process)
     try:
         results = []
@@ -84,8 +84,17 @@ def _child(
     torch.set_num_threads(1)
     try:
         pipe.send((False, work(rank, *args)))
-    except BaseException:  # noqa: BLE001 - told to the parent
+    except BaseException:  # noqa: BLE001 - sent to the parent
         pipe.send((True, traceback.format_exc()))
+
+
+def with_children(rank: int, work: Callable[..., Any], *args: Any) -> Any:
+    """`work(rank, *args)` on a rank of `run_ranks` that may start loader workers.
+
+    The ranks are daemons, which multiprocessing allows no children.
+    """
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    return work(rank, *args)
 
 
 def environment(**more: str | None) -> dict[str, str]:
@@ -118,5 +127,5 @@ def run(*command: str, timeout: float = 180, **more: str | None) -> tuple[int, s
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
         output, _ = process.communicate()
-        raise AssertionError(f"{command} hung; so far it said:\n{output}") from None
+        raise AssertionError(f"{command} hung; its output so far:\n{output}") from None
     return process.returncode, output

@@ -1,4 +1,4 @@
-"""Servers on 127.0.0.1 that behave as badly as real ones do: http, an S3 API, a GCS API."""
+"""Servers on 127.0.0.1 with the faults of real ones: http, an S3 API, a GCS API."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Fault = Callable[["Handler", bytes], None]  # answers a request instead of the s
 
 
 class FolderServer:
-    """Serves a folder; `faults` misbehave, by path without query.
+    """Serves a folder; `faults` replace its answers, by path without query.
 
-    A list of faults is used up, one a request, before the file itself is served; a single one is
-    for every request.
+    A list of faults is used up, one per request, before the file itself is served; a single fault
+    answers every request.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.faults: dict[str, Fault | list[Fault]] = {}
         self.requests: Counter[str] = Counter()
-        self.seen: list[tuple[str, dict[str, str]]] = []  # as asked: path and query, headers
+        self.seen: list[tuple[str, dict[str, str]]] = []  # path and query, headers
         self.closing = threading.Event()
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -37,8 +37,8 @@ class FolderServer:
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
-    def asked(self, target: str, headers: dict[str, str]) -> Fault | None:
-        """Count the request; the fault that it gets."""
+    def count(self, target: str, headers: dict[str, str]) -> Fault | None:
+        """Counts the request, and returns the fault that answers it."""
         path = unquote(urlsplit(target).path)
         with self._lock:
             self.requests[path] += 1
@@ -57,7 +57,7 @@ class FolderServer:
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.outer: FolderServer = self.server.folder_server  # type: ignore[attr-defined]
-        fault = self.outer.asked(self.path, dict(self.headers))
+        fault = self.outer.count(self.path, dict(self.headers))
         file = self.outer.folder / unquote(urlsplit(self.path).path).lstrip("/")
         body = file.read_bytes() if file.is_file() else None
         with contextlib.suppress(ConnectionError):  # the client went away
@@ -70,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(body)
 
     def begin(self, length: int) -> None:
-        """A good answer's head."""
+        """Sends the head of a good answer."""
         self.send_response(200)
         self.send_header("Content-Length", str(length))
         self.end_headers()
@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def status(code: int, **headers: str) -> Fault:
-    """Answer with this status; `Retry_After="1"` gives the header Retry-After."""
+    """Answers with this status; `Retry_After="1"` gives the header Retry-After."""
 
     def fault(handler: Handler, body: bytes) -> None:
         handler.send_response(code)
@@ -93,25 +93,25 @@ def status(code: int, **headers: str) -> Fault:
 
 
 def drop(handler: Handler, body: bytes) -> None:
-    """End the connection half-way through the body."""
+    """Ends the connection half-way through the body."""
     handler.begin(len(body))
     handler.wfile.write(body[: len(body) // 2])
 
 
 def stall(handler: Handler, body: bytes) -> None:
-    """Send half of the body, then nothing, for as long as the server lives."""
+    """Sends half of the body, then nothing for as long as the server lives."""
     handler.begin(len(body))
     handler.wfile.write(body[: len(body) // 2])
     handler.outer.closing.wait()
 
 
 def silence(handler: Handler, body: bytes) -> None:
-    """Take the request and never answer."""
+    """Takes the request and never answers."""
     handler.outer.closing.wait()
 
 
 def slow(pieces: int, seconds: float) -> Fault:
-    """Send the body in this many pieces, with so many seconds before each."""
+    """Sends the body in this many pieces, and waits so many seconds before each."""
 
     def fault(handler: Handler, body: bytes) -> None:
         handler.begin(len(body))
@@ -125,20 +125,20 @@ def slow(pieces: int, seconds: float) -> Fault:
 
 
 def cut(handler: Handler, body: bytes) -> None:
-    """Serve half of the file as if it were the whole."""
+    """Serves half of the file as if it were whole."""
     handler.begin(len(body) // 2)
     handler.wfile.write(body[: len(body) // 2])
 
 
 def garble(handler: Handler, body: bytes) -> None:
-    """Serve as many bytes, the last of them another."""
+    """Serves the right number of bytes, the last one changed."""
     handler.begin(len(body))
     handler.wfile.write(body[:-1] + bytes([body[-1] ^ 1]))
 
 
 @contextlib.contextmanager
 def http_server(folder: Path) -> Iterator[FolderServer]:
-    """A FolderServer, for this process and its children; no proxy stands before it."""
+    """Runs a FolderServer for this process and its children, without a proxy."""
     server = FolderServer(folder)
     try:
         with environment(no_proxy="127.0.0.1", NO_PROXY="127.0.0.1"):
@@ -149,7 +149,7 @@ def http_server(folder: Path) -> Iterator[FolderServer]:
 
 @contextlib.contextmanager
 def environment(**values: str | None) -> Iterator[None]:
-    """Environment variables for a while; None takes one away."""
+    """Sets environment variables inside the block; None removes one."""
     before = {name: os.environ.get(name) for name in values}
     try:
         _set(values)
@@ -168,7 +168,7 @@ def _set(values: dict[str, str | None]) -> None:
 
 @contextlib.contextmanager
 def s3_environment(url: str, key: str | None = "key") -> Iterator[None]:
-    """s3:// goes to this endpoint, with dummy credentials, or none."""
+    """Sends s3:// to this endpoint, with dummy credentials, or none."""
     from s3fs import S3FileSystem
 
     S3FileSystem.clear_instance_cache()  # connected to another endpoint
@@ -197,18 +197,18 @@ class BucketServer:
         self._put_url = put_url
 
     def put(self, bucket: str, key: str, data: bytes) -> None:
-        """Write an object; its bucket must be there."""
+        """Writes an object into an existing bucket."""
         url = self._put_url.format(url=self.url, bucket=bucket, key=quote(key))
         method = "POST" if "upload" in url else "PUT"
-        self.ask(method, url, data)
+        self.send(method, url, data)
 
     def upload(self, folder: Path, bucket: str) -> None:
-        """Write all files below a folder into a bucket that is there."""
+        """Writes all files below a folder into an existing bucket."""
         for path in folder.rglob("*"):
             if path.is_file():
                 self.put(bucket, path.relative_to(folder).as_posix(), path.read_bytes())
 
-    def ask(self, method: str, url: str, data: bytes, kind: str = "application/x-tar") -> None:
+    def send(self, method: str, url: str, data: bytes, kind: str = "application/x-tar") -> None:
         headers = {"Content-Type": kind}
         request = urllib.request.Request(url, data, headers, method=method)
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -236,18 +236,18 @@ sys.stdin.read()
 
 @contextlib.contextmanager
 def s3_server(*buckets: str) -> Iterator[BucketServer]:
-    """moto's S3 server with these buckets; s3:// goes there."""
+    """Runs moto's S3 server with these buckets, and sends s3:// there."""
     with _server(_MOTO) as url:
         server = BucketServer(url, "{url}/{bucket}/{key}")
         for bucket in buckets:
-            server.ask("PUT", f"{url}/{bucket}", b"")
+            server.send("PUT", f"{url}/{bucket}", b"")
         with s3_environment(url):
             yield server
 
 
 @contextlib.contextmanager
 def gs_server(*buckets: str) -> Iterator[BucketServer]:
-    """An emulator of Google's storage with these buckets; gs:// goes there."""
+    """Runs an emulator of Google's storage with these buckets, and sends gs:// there."""
     from gcsfs.core import GCSFileSystem
 
     with _server(_GCS) as url:
@@ -255,7 +255,7 @@ def gs_server(*buckets: str) -> Iterator[BucketServer]:
         server = BucketServer(url, upload)
         for bucket in buckets:
             name = b'{"name": "%s"}' % bucket.encode()
-            server.ask("POST", f"{url}/storage/v1/b?project=test", name, "application/json")
+            server.send("POST", f"{url}/storage/v1/b?project=test", name, "application/json")
         GCSFileSystem.clear_instance_cache()
         with environment(STORAGE_EMULATOR_HOST=url, no_proxy="127.0.0.1", NO_PROXY="127.0.0.1"):
             yield server

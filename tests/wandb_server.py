@@ -1,4 +1,4 @@
-"""A W&B server small enough to read, for real online runs on 127.0.0.1."""
+"""A small W&B server, for real online runs on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class WandbServer:
-    """Answers what `wandb.init`, `log` and `finish` ask; keeps run ids and streamed history."""
+    """Answers the requests of `wandb.init`, `log`, `alert` and `finish`, and records what they send."""
 
     def __init__(self) -> None:
         self.run_ids: list[str] = []
@@ -39,12 +39,12 @@ class WandbServer:
             def do_POST(self) -> None:
                 body = self._body()
                 if self.path.endswith("/graphql"):
-                    asked = json.loads(body)
-                    found = outer.graphql(asked["query"], asked.get("variables") or {})
-                    self._answer({"data": found})
+                    request = json.loads(body)
+                    data = outer.graphql(request["query"], request.get("variables") or {})
+                    self._answer({"data": data})
                 else:
                     if self.path.endswith("/file_stream") and not outer.broken:
-                        outer.keep(json.loads(body))
+                        outer.record(json.loads(body))
                     self._answer({})  # uploads and telemetry
 
             def _body(self) -> bytes:
@@ -55,6 +55,7 @@ class WandbServer:
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
     def graphql(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+        """The data of the answer to a query."""
         if "UpsertBucket" in query:
             self.run_ids.append(variables["name"])
             project = {"name": "sgan_dist", "entity": {"name": "me"}}
@@ -70,8 +71,7 @@ class WandbServer:
             return {"model": {"bucket": None}}
         if "CreateRunFiles" in query:
             files = [{"name": name, "uploadUrl": f"{self.url}/up"} for name in variables["files"]]
-            made = {"runID": "x", "uploadHeaders": [], "files": files}
-            return {"createRunFiles": made}
+            return {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}
         if "NotifyScriptableRunAlert" in query:
             self.alerts.append((variables["runName"], variables["title"], variables["text"]))
             return {"notifyScriptableRunAlert": {"success": True}}
@@ -79,10 +79,12 @@ class WandbServer:
             return {"viewer": {"id": "me", "entity": "me", "username": "me", "flags": "{}"}}
         return {}
 
-    def keep(self, body: dict[str, Any]) -> None:
+    def record(self, body: dict[str, Any]) -> None:
+        """Adds the lines of history in a request to /file_stream."""
         lines = body.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
         self.history += [json.loads(line) for line in lines]
 
     def close(self) -> None:
+        """Stops the server."""
         self._http.shutdown()
         self._http.server_close()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -15,23 +18,36 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 SUFFIXES = ("png", "jpg", "jpeg", "webp")
-MAX_PIXELS = 8 * 10**7  # a larger image is taken for a decompression bomb
+MAX_PIXELS = 8 * 10**7  # a larger image is treated as a decompression bomb
 
 _GRAY_MODES = ("1", "L", "LA", "I;16")
-_INKS = ("CMYK", "YCCK")  # JPEG color spaces that Pillow turns into RGB
+_PILLOW_SPACES = ("CMYK", "YCCK")  # JPEG color spaces that Pillow, not simplejpeg, turns into RGB
 _SCALES = (1, 2, 3, 4)  # eighths at which a JPEG is decoded, instead of whole
 
 
-def decode(encoded: bytes, shape: tuple[int, int, int], resize: bool) -> NDArray[np.uint8]:
-    """The pixels of a PNG, JPEG or WebP file, told apart by its first bytes, whatever its name.
+@contextlib.contextmanager
+def _with_value_errors() -> Iterator[None]:
+    """Turns what decoders raise on damaged files, which is of many types, into a ValueError."""
+    try:
+        yield
+    except MemoryError:  # the machine's fault, not the image's
+        raise
+    except Exception as error:  # noqa: BLE001
+        text = str(error).strip()
+        raise ValueError(text.splitlines()[0] if text else type(error).__name__) from None
 
-    One channel is gray, three are RGB; palettes and CMYK become RGB, transparent images are laid
-    on white, of 16 bits the upper 8 are taken, of an animation the first image. Rotation tags are
-    not obeyed.
+
+@_with_value_errors()
+def decode(encoded: bytes, image_hwc: tuple[int, int, int], resize: bool) -> NDArray[np.uint8]:
+    """Returns the pixels of a PNG, JPEG or WebP file; its first bytes say which of them it is.
+
+    One channel is gray, three are RGB; palettes and CMYK become RGB, transparent images get a white
+    background, 16 bits are cut to the upper 8, an animation to its first image. Rotation tags are
+    ignored.
 
     Args:
         encoded: the file.
-        shape: (H, W, C) wanted, C of 1 or 3.
+        image_hwc: the expected (H, W, C), C of 1 or 3.
         resize: scale the image so that it just covers (H, W), crop the middle of the longer side,
             and turn gray into RGB or RGB into gray; without, another shape is an error.
 
@@ -39,87 +55,96 @@ def decode(encoded: bytes, shape: tuple[int, int, int], resize: bool) -> NDArray
         uint8 (H, W, C).
 
     Raises:
-        ValueError: it can't be decoded, whole and without doubt, for one short reason.
+        ValueError: it cannot be decoded completely; one short reason.
     """
-    try:
-        opened = None if _is_jpeg(encoded) else _open(encoded)
-        found = _shape(encoded, opened)
-        if resize:
-            return _resized(encoded, opened, found, shape)
-        if found != shape:
-            raise ValueError(f"image of shape {found}, expected {shape}")
-        return _pixels(encoded, opened, found, shape[2])
-    except MemoryError:  # the machine's fault, not the image's
-        raise
-    except Exception as error:  # noqa: BLE001 - decoders raise all sorts of them on damaged files
-        raise ValueError(_reason(error)) from None
+    file = _open(encoded)
+    if resize:
+        return _resized(file, image_hwc)
+    if file.image_hwc != image_hwc:
+        raise ValueError(f"image of shape {file.image_hwc}, expected {image_hwc}")
+    return _pixels(file, image_hwc[2])
 
 
+@_with_value_errors()
 def header(encoded: bytes) -> tuple[int, int, int]:
-    """(H, W, C) of an image from its header alone: C is 1 where `decode` finds it gray, else 3.
+    """Returns (H, W, C) of an image from its header alone: C is 1 if `decode` gives gray, else 3.
 
     Raises:
-        ValueError: the header can't be read, for one short reason.
+        ValueError: the header cannot be read; one short reason.
     """
-    try:
-        return _shape(encoded, None if _is_jpeg(encoded) else _open(encoded))
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - decoders raise all sorts of them on damaged files
-        raise ValueError(_reason(error)) from None
+    return _open(encoded).image_hwc
 
 
-def _shape(encoded: bytes, opened: ImageFile | None) -> tuple[int, int, int]:
-    if opened is None:
+class _File(NamedTuple):
+    """An image whose header was read; `pillow` is None if simplejpeg decodes it."""
+
+    encoded: bytes
+    image_hwc: tuple[int, int, int]
+    pillow: ImageFile | None
+
+
+def _open(encoded: bytes) -> _File:
+    pillow: ImageFile | None = None
+    if encoded.startswith(b"\xff\xd8\xff"):
         height, width, space, _ = simplejpeg.decode_jpeg_header(encoded)
-        channels = 1 if space == "Gray" else 3
+        gray = space == "Gray"
+        if space in _PILLOW_SPACES:
+            pillow = JpegImageFile(io.BytesIO(encoded))
     else:
-        width, height = opened.size
-        channels = 1 if opened.mode in _GRAY_MODES else 3
+        pillow = _open_by_pillow(encoded)
+        width, height = pillow.size
+        gray = pillow.mode in _GRAY_MODES
     if height * width > MAX_PIXELS:
         raise ValueError(f"{height} x {width} pixels, more than {MAX_PIXELS:,} are not decoded")
-    return height, width, channels
+    return _File(encoded, (height, width, 1 if gray else 3), pillow)
 
 
-def _resized(
-    encoded: bytes,
-    opened: ImageFile | None,
-    found: tuple[int, int, int],
-    shape: tuple[int, int, int],
-) -> NDArray[np.uint8]:
-    height, width, channels = shape
-    # what is kept: the middle, as large as can be, of the wanted shape's height to width
-    kept = min(found[0] / height, found[1] / width)
-    # libjpeg halves or quarters at a fraction of the cost; twice the wanted size loses nothing
-    # that is seen (45 dB and more), while 5/8 to 7/8 would cost as much as the whole
-    eighths = next((n for n in _SCALES if kept * n / 8 >= 2), 8) if _by_turbo(encoded) else 8
-    pixels = _pixels(encoded, opened, found, channels, eighths)
+def _open_by_pillow(encoded: bytes) -> ImageFile:
+    """Returns the image with its header read; not by Image.open, which warns of large ones."""
+    if encoded.startswith(b"\x89PNG\r\n\x1a\n"):
+        return PngImageFile(io.BytesIO(encoded))
+    if encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
+        return WebPImageFile(io.BytesIO(encoded))
+    raise ValueError("not a PNG, JPEG or WebP file")
+
+
+def _resized(file: _File, image_hwc: tuple[int, int, int]) -> NDArray[np.uint8]:
+    height, width, channels = image_hwc
+    source_height, source_width, _ = file.image_hwc
+    # the crop is height * scale by width * scale pixels in the middle of the source
+    scale = min(source_height / height, source_width / width)
+    # libjpeg halves or quarters at a fraction of the cost; twice the final size loses nothing
+    # visible (45 dB and more), while 5/8 to 7/8 would cost as much as the whole
+    eighths = 8
+    if file.pillow is None:
+        eighths = next((n for n in _SCALES if scale * n / 8 >= 2), 8)
+    pixels = _pixels(file, channels, eighths)
     image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-    # a scaled image is rounded up to whole pixels, so its size must not be taken for its scale
-    scale = eighths / 8
-    left, top = (found[1] - width * kept) / 2 * scale, (found[0] - height * kept) / 2 * scale
-    right, bottom = left + width * kept * scale, top + height * kept * scale
+    # libjpeg rounds a scaled image up to whole pixels, so the box follows from `eighths`, not from
+    # the size of the image
+    part = eighths / 8
+    left, top = (
+        (source_width - width * scale) / 2 * part,
+        (source_height - height * scale) / 2 * part,
+    )
+    right, bottom = left + width * scale * part, top + height * scale * part
     box = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box)).reshape(shape)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC, box)
+    return np.asarray(resized).reshape(image_hwc)
 
 
-def _pixels(
-    encoded: bytes,
-    opened: ImageFile | None,
-    found: tuple[int, int, int],
-    channels: int,
-    eighths: int = 8,
-) -> NDArray[np.uint8]:
-    """The whole image, uint8 (h, w, channels); of a JPEG, `eighths` of it each way."""
-    if _by_turbo(encoded):
+def _pixels(file: _File, channels: int, eighths: int = 8) -> NDArray[np.uint8]:
+    """Returns the whole image, uint8 (h, w, channels); of a JPEG, `eighths` / 8 of each side."""
+    if file.pillow is None:
+        height, width, _ = file.image_hwc
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
-            encoded,
+            file.encoded,
             "GRAY" if channels == 1 else "RGB",
-            min_height=math.ceil(found[0] * eighths / 8),
-            min_width=math.ceil(found[1] * eighths / 8),
+            min_height=math.ceil(height * eighths / 8),
+            min_width=math.ceil(width * eighths / 8),
         )
         return pixels
-    with opened or _open(encoded) as image:
+    with file.pillow as image:
         whole = np.asarray(_converted(image, "L" if channels == 1 else "RGB"))
     return whole.reshape(*whole.shape[:2], channels)
 
@@ -131,28 +156,3 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == mode else image.convert(mode)
-
-
-def _is_jpeg(encoded: bytes) -> bool:
-    return encoded.startswith(b"\xff\xd8\xff")
-
-
-def _by_turbo(encoded: bytes) -> bool:
-    return _is_jpeg(encoded) and simplejpeg.decode_jpeg_header(encoded)[2] not in _INKS
-
-
-def _open(encoded: bytes) -> ImageFile:
-    """The image with its header read; not by Image.open, which warns of large ones."""
-    file = io.BytesIO(encoded)
-    if encoded.startswith(b"\x89PNG\r\n\x1a\n"):
-        return PngImageFile(file)
-    if encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
-        return WebPImageFile(file)
-    if _is_jpeg(encoded):
-        return JpegImageFile(file)
-    raise ValueError("not a PNG, JPEG or WebP file")
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -2,181 +2,138 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import itertools
-import math
 import multiprocessing
-import os
 import signal
-import threading
-from collections.abc import Iterator
-from multiprocessing import connection
-from typing import Any
+import time
+from collections.abc import Generator, Iterator
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+import torch.multiprocessing  # teaches multiprocessing to send tensors as shared memory
 
-from sgan_dist.config import DataConfig
+from sgan_dist.config import Config
+from sgan_dist.data.batch import Skip
 from sgan_dist.data.index import DatasetIndex
-from sgan_dist.data.reader import Skip
 from sgan_dist.data.stream import Samples, WindowedStream, open_storage
 from sgan_dist.errors import UserError
 
-# torch passes a worker's message on as shared memory (/dev/shm), which costs milliseconds whatever
-# its size, so a message carries several steps
-MESSAGE_BYTES = 8 * 2**20
-MESSAGE_STEPS = 8
+KILL_AFTER_SECONDS = 3.0  # workers that have not ended by then at close() are killed
 
 
-# images, labels (empty for unlabeled), ids
-Part = tuple[Tensor, Tensor, Tensor]
-# one step's parts by split, and the damaged records newly met
-Parts = tuple[dict[str, Part], list[Skip]]
+class LaneStep(NamedTuple):
+    """What some lanes give one step: samples by split, and all damaged records found so far."""
+
+    samples: dict[str, Samples]
+    skips: list[Skip]
 
 
-class LaneParts(IterableDataset[Any]):
-    """A rank's lanes of the windowed splits: for every step, from `start_step` on, its parts.
+def windowed_batches(index: DatasetIndex, config: Config) -> dict[str, int]:
+    """Returns the global batch of each split that is read in windowed order."""
+    batches = config.batches.items()
+    return {split: batch for split, batch in batches if index.split(split).order == "windowed"}
 
-    In a worker: messages of several steps of the worker's share of the lanes, as one uint8 array
-    each (see `views`) beside each step's newly met skips; a UserError comes as an item, since
-    torch would wrap it in a traceback.
-    """
 
-    def __init__(
-        self,
-        index: DatasetIndex,
-        config: DataConfig,
-        seed: int,
-        batches: dict[str, int],
-        first_lane: int,
-        lanes: int,
-        start_step: int,
-    ) -> None:
-        self._index, self._config, self._seed = index, config, seed
-        self._batches = batches
-        self._first_lane, self._lanes = first_lane, lanes
-        self._start_step = start_step
-        step_bytes = sum(batches.values()) * lanes // config.lanes * math.prod(index.image_shape)
-        self.message_steps = min(MESSAGE_STEPS, max(1, MESSAGE_BYTES // max(1, step_bytes)))
-
-    def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        if worker is None:  # not in a worker
-            for part, skips in self._parts(0, 1):
-                yield {split: tensors(samples) for split, samples in part.items()}, skips
-            return
-        try:
-            yield from self._messages(worker.id, worker.num_workers)
-        except UserError as error:
-            while True:  # whenever it is looked at: a worker that ends is taken for one that died
-                yield error
-
-    def views(
-        self, message: NDArray[np.uint8], worker: int, workers: int
-    ) -> dict[str, list[NDArray[Any]]]:
-        """A message's images, labels (none of unlabeled) and ids, each with one row a step."""
-        found: dict[str, list[NDArray[Any]]] = {split: [] for split in self._batches}
-        for split, dtype, shape, place in self._fields(worker, workers):
-            found[split].append(message[place].view(dtype).reshape(shape))
-        return found
-
-    def _fields(
-        self, worker: int, workers: int
-    ) -> list[tuple[str, type[Any], tuple[int, ...], slice]]:
-        """Of every array in a message: its split, type, shape, and place in bytes."""
-        first, stop = self._share(worker, workers)
-        fields = []
-        at = 0
-        for split, batch in self._batches.items():
-            samples = batch // self._config.lanes * (stop - first)
-            labels = samples if split == "labeled" else 0
-            arrays: tuple[tuple[type[Any], tuple[int, ...]], ...] = (
-                (np.uint8, (samples, *self._index.image_shape)),
-                (np.int64, (labels,)),
-                (np.int64, (samples,)),
-            )
-            for dtype, row in arrays:
-                shape = (self.message_steps, *row)
-                size = math.prod(shape) * np.dtype(dtype).itemsize
-                fields.append((split, dtype, shape, slice(at, at + size)))
-                at += -(-size // 8) * 8  # int64 needs aligned places
-        return fields
-
-    def _messages(self, worker: int, workers: int) -> Iterator[tuple[Tensor, list[list[Skip]]]]:
-        size = self._fields(worker, workers)[-1][-1].stop
-        parts = self._parts(worker, workers)
-        while True:
-            message = np.empty(size, np.uint8)
-            views = self.views(message, worker, workers)
-            met = []
-            for number, (part, skips) in enumerate(itertools.islice(parts, self.message_steps)):
-                met.append(skips)
-                for split, samples in part.items():
-                    for view, array in zip(views[split], samples, strict=True):
-                        if array is not None:
-                            view[number] = array
-            yield torch.from_numpy(message), met
-
-    def _share(self, worker: int, workers: int) -> tuple[int, int]:
-        """The worker's lanes [first, stop)."""
-        first = self._first_lane + self._lanes * worker // workers
-        return first, self._first_lane + self._lanes * (worker + 1) // workers
-
-    def _parts(self, worker: int, workers: int) -> Iterator[tuple[dict[str, Samples], list[Skip]]]:
-        config = self._config
-        storage = open_storage(config)
+def read_lanes(
+    index: DatasetIndex, config: Config, lanes: range, start_step: int
+) -> Generator[LaneStep, None, None]:
+    """Yields every step of these lanes of the windowed splits, from `start_step` on."""
+    with open_storage(config) as storage:
         streams = {
-            split: WindowedStream(
-                storage,
-                self._index,
-                split,
-                self._seed,
-                batch,
-                config.lanes,
-                config.window_mib,
-                *self._share(worker, workers),
-            )
-            for split, batch in self._batches.items()
+            split: WindowedStream(storage, index, split, config, batch, lanes)
+            for split, batch in windowed_batches(index, config).items()
         }
-        told = 0
+        for step in itertools.count(start_step):
+            samples = {split: stream.take(step) for split, stream in streams.items()}
+            yield LaneStep(samples, [skip for s in streams.values() for skip in s.skips])
+
+
+class LaneWorkers:
+    """Worker processes that share a rank's lanes. They end at `close`, or with this process."""
+
+    def __init__(self, index: DatasetIndex, config: Config, lanes: range, start_step: int) -> None:
+        # forkserver, because this process has threads, which fork does not survive; preloaded
+        # modules are imported once, not by every worker
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", __name__])
+        # The fork server and its children inherit the mask: a TERM or INT to the whole group is
+        # for this process alone. The tracker comes first, because starting it clears the mask.
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        workers = config.stream.workers
+        cuts = [len(lanes) * worker // workers for worker in range(workers + 1)]
+        self.processes, self._pipes = [], list[Connection]()
         try:
-            for step in itertools.count(self._start_step):
-                part = {split: stream.take(step) for split, stream in streams.items()}
-                skips = [skip for stream in streams.values() for skip in stream.skips]
-                new, told = len(skips) - told, len(skips)
-                yield part, skips if new else []
+            for start, stop in itertools.pairwise(cuts):
+                pipe, worker_end = context.Pipe(duplex=False)
+                arguments = worker_end, index, config, lanes[start:stop], start_step
+                process = context.Process(target=_send_lanes, args=arguments)
+                process.start()
+                worker_end.close()  # else the end of the worker would not end the pipe
+                self.processes.append(process)
+                self._pipes.append(pipe)
         finally:
-            storage.close()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        atexit.register(self.close)  # before multiprocessing waits for them
 
+    def steps(self) -> Iterator[list[LaneStep]]:
+        """Yields for every step what the workers read, in the order of their lanes.
 
-def tensors(samples: tuple[Any, ...]) -> Part:
-    images, labels, ids = samples
-    labels = np.empty(0, np.int64) if labels is None else labels
-    return torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(ids)
+        Raises:
+            UserError: a worker died, or cannot read a shard.
+        """
+        while True:
+            yield [self._receive(worker) for worker in range(len(self._pipes))]
 
+    def close(self) -> None:
+        """Ends the workers: their pipes are closed, and they are killed after a few seconds."""
+        atexit.unregister(self.close)
+        for pipe in self._pipes:
+            pipe.close()
+        deadline = time.monotonic() + KILL_AFTER_SECONDS
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
 
-def prepare_worker(worker: int) -> None:
-    """In a new worker: only the parent decides when it ends, and it ends with its parent."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        # torch watches the process that forked this one, which is the fork server
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def check_alive(processes: list[Any]) -> None:
-    for process in processes:
-        if not process.is_alive() and process.exitcode:
+    def _receive(self, worker: int) -> LaneStep:
+        process = self.processes[worker]
+        try:
+            message = self._pipes[worker].recv()
+        except (EOFError, OSError):
+            process.join(1)  # its exit code arrives a moment later
+            if not process.exitcode:
+                raise
             raise UserError(
-                f"data worker {process.pid} died (exit code {process.exitcode}): it was killed or "
-                "ran out of memory or of /dev/shm; start again, with fewer data.workers or a "
-                "smaller data.window_mib if it happens again"
-            )
+                f"data worker {process.pid} died (exit code {process.exitcode}): if it printed no"
+                " error, it was killed or ran out of memory or of /dev/shm; start again, with fewer"
+                " stream.workers or a smaller stream.window_mib if it happens again"
+            ) from None
+        if isinstance(message, UserError):
+            raise message
+        samples, skips = message
+        views = {
+            split: Samples(images.numpy(), labels, ids)
+            for split, (images, labels, ids) in samples.items()
+        }
+        return LaneStep(views, skips)
+
+
+def _send_lanes(
+    pipe: Connection, index: DatasetIndex, config: Config, lanes: range, start_step: int
+) -> None:
+    """Sends every step of a worker's lanes, or a UserError, until the reader of the pipe ends."""
+    with contextlib.suppress(BrokenPipeError):
+        try:
+            for samples, skips in read_lanes(index, config, lanes, start_step):
+                # tensors are sent as shared memory, several times as fast as through the pipe
+                tensors = {
+                    split: (torch.from_numpy(images), labels, ids)
+                    for split, (images, labels, ids) in samples.items()
+                }
+                pipe.send((tensors, skips))
+        except UserError as error:
+            pipe.send(error)

@@ -1,9 +1,9 @@
-"""Which sample is trained on when: pure arithmetic on (seed, split, step), whatever the world.
+"""Which sample is trained on when: pure arithmetic on (seed, split, step), for any world size.
 
-Two orders (see docs): `full` is one keyed permutation of all samples an epoch; `windowed` cuts
-each epoch's line of shards into lanes, and permutes samples in windows within a lane.
-Permutations are sorted hash keys, never a library's random generator, whose stream
-may change between versions. A change of any number here must raise ORDER_VERSION.
+Two orders (see docs/data.md): `full` is one keyed permutation of all samples an epoch; `windowed`
+cuts each epoch's line of shards into lanes, and permutes samples in windows within a lane.
+Permutations are sorted hash keys, never a library's random generator, whose stream may change
+between versions. Any change of these numbers must raise ORDER_VERSION.
 """
 
 from __future__ import annotations
@@ -38,12 +38,16 @@ def _digest(key: tuple[int | str, ...], size: int) -> int:
 
 
 def keyed_integer(n: int, *key: int | str) -> int:
-    """A number in [0, n) decided by the key alone."""
+    """Returns a number in [0, n) that depends on the key alone."""
     return _digest(key, 16) % n
 
 
 def permutation(n: int, *key: int | str) -> Int64s:
-    """A permutation of range(n), int64 (n,), decided by the key alone (splitmix64 keys, sorted)."""
+    """Returns a permutation of range(n), int64 (n,), that depends on the key alone.
+
+    It sorts splitmix64 hashes (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+    generators").
+    """
     x = np.arange(1, n + 1, dtype=np.uint64)
     x *= np.uint64(0x9E3779B97F4A7C15)
     x += np.uint64(_digest(key, 8))
@@ -52,7 +56,7 @@ def permutation(n: int, *key: int | str) -> Int64s:
     x ^= x >> np.uint64(27)
     x *= np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
-    # the keys differ (splitmix64 is one to one), so any sort gives this order; this one is fastest
+    # splitmix64 is one to one, so no two hashes are equal and any sort gives this order
     return np.argsort(x).astype(np.int64, copy=False)
 
 
@@ -65,13 +69,13 @@ class FullOrder:
     def __init__(self, samples: int, seed: int, split: str, batch: int) -> None:
         self._samples = samples
         self._batch = batch
-        # a cache of its own: a small split's many epochs must not push out a large split's one
+        # one cache per split: a small split's many epochs must not evict a large split's one
         self._permutation = functools.lru_cache(_CACHED_EPOCHS)(
             lambda epoch: permutation(samples, seed, split, "full", epoch)
         )
 
     def take(self, step: int, start: int, stop: int) -> Int64s:
-        """Samples of positions [start, stop) of the global batch of `step`, int64."""
+        """Returns the samples at positions [start, stop) of the global batch of `step`, int64."""
         n = self._samples
         position, end = step * self._batch + start, step * self._batch + stop
         parts = []
@@ -87,8 +91,8 @@ class BalancedOrder:
     """The order of a labeled split held in memory in which classes take turns.
 
     Global position p = step * batch + k is in round p // C of the C classes that have samples; a
-    keyed permutation of the round tells the class, and a class's own samples are taken in a keyed
-    permutation for each of its own epochs.
+    keyed permutation of the round gives the class, and a class's samples are taken in a keyed
+    permutation for each epoch of that class.
     """
 
     def __init__(self, labels: Int64s, seed: int, split: str, batch: int) -> None:
@@ -97,35 +101,34 @@ class BalancedOrder:
         self._round = functools.lru_cache(_CACHED_ROUNDS)(
             lambda number: permutation(len(self._members), seed, split, "balanced", number)
         )
-        self._own = functools.lru_cache(_CACHED_EPOCHS * len(self._members))(
-            lambda place, epoch: permutation(
-                len(self._members[place]), seed, split, "balanced", place, epoch
+        self._class_epoch = functools.lru_cache(_CACHED_EPOCHS * len(self._members))(
+            lambda number, epoch: permutation(
+                len(self._members[number]), seed, split, "balanced", number, epoch
             )
         )
 
     def take(self, step: int, start: int, stop: int) -> Int64s:
-        """Samples of positions [start, stop) of the global batch of `step`, int64."""
+        """Returns the samples at positions [start, stop) of the global batch of `step`, int64."""
         positions = step * self._batch + np.arange(start, stop)
         rounds, turns = np.divmod(positions, len(self._members))
-        found = np.empty(stop - start, np.int64)
-        if not len(found):
-            return found
+        samples = np.empty(stop - start, np.int64)
+        if not len(samples):
+            return samples
         first = int(rounds[0])
         table = np.stack([self._round(number) for number in range(first, int(rounds[-1]) + 1)])
-        places = table[rounds - first, turns]
-        for place in np.unique(places).tolist():
-            members, mine = self._members[place], places == place
-            epochs, inside = np.divmod(rounds[mine], len(members))
-            own = {epoch: self._own(place, epoch) for epoch in set(epochs.tolist())}
-            order = [own[epoch][at] for epoch, at in zip(epochs.tolist(), inside, strict=True)]
-            found[mine] = members[order]
-        return found
+        classes = table[rounds - first, turns]
+        for number in np.unique(classes).tolist():
+            members, rows = self._members[number], classes == number
+            epochs, inside = np.divmod(rounds[rows], len(members))
+            orders = [self._class_epoch(number, epoch) for epoch in epochs.tolist()]
+            samples[rows] = members[[order[i] for order, i in zip(orders, inside, strict=True)]]
+        return samples
 
 
 def lane_start(n: int, lanes: int, lane: int, epoch: int) -> int:
-    """The lane's own position at which `epoch` begins.
+    """Returns the position within the lane at which `epoch` begins.
 
-    Samples of all epochs are dealt to the lanes in turn, as to card players, so this is
+    Samples of all epochs are dealt to the lanes round-robin, so this is
     ceil((epoch * n - lane) / lanes): lanes never drift apart by more than one sample.
     """
     each, extra = divmod(epoch * n, lanes)
@@ -133,12 +136,12 @@ def lane_start(n: int, lanes: int, lane: int, epoch: int) -> int:
 
 
 def lane_length(n: int, lanes: int, lane: int, epoch: int) -> int:
-    """Number of samples of `epoch` that the lane has."""
+    """Returns the number of samples of `epoch` that the lane has."""
     return lane_start(n, lanes, lane, epoch + 1) - lane_start(n, lanes, lane, epoch)
 
 
 def lane_cut(n: int, lanes: int, lane: int, epoch: int) -> int:
-    """Where the lane begins on the line of `epoch`: the sum of the lengths of the lanes before."""
+    """Returns where the lane begins on the line of `epoch`: the total length of earlier lanes."""
 
     def dealt_before(epochs: int) -> int:
         each, extra = divmod(epochs * n, lanes)
@@ -152,7 +155,7 @@ class WindowedOrder:
 
     The line of an epoch is the shards in keyed order, rotated by a keyed number of samples. It is
     cut into lanes; each step takes the same number of samples from every lane; within a lane's
-    part of an epoch, windows of at most `window` samples, as equal as can be, are permuted.
+    part of an epoch, windows of at most `window` samples and nearly equal size are permuted.
     """
 
     def __init__(
@@ -166,66 +169,66 @@ class WindowedOrder:
         self._line = functools.lru_cache(_CACHED_EPOCHS)(self._build_line)
 
     def locate(self, lane: int, position: int) -> tuple[int, int, int]:
-        """(epoch, window, index in that window) of a lane's own position, counted from step 0."""
+        """Returns (epoch, window, index in that window) of a lane's position since step 0."""
         epoch = (position * self.lanes + lane) // self.samples
         inside = position - lane_start(self.samples, self.lanes, lane, epoch)
         length = lane_length(self.samples, self.lanes, lane, epoch)
-        # windows begin at length * w // count; this is the last one that begins at `inside` or before
+        # windows begin at length * w // count; the last one that begins at or before `inside`
         window = ((inside + 1) * self._windows(length) - 1) // length
         return epoch, window, inside - length * window // self._windows(length)
 
     def window_line(self, lane: int, epoch: int, window: int) -> tuple[int, int]:
-        """The interval [start, stop) of the epoch's line that a lane's window covers."""
+        """Returns the interval [start, stop) of the epoch's line that a lane's window covers."""
         cut = lane_cut(self.samples, self.lanes, lane, epoch)
         length = lane_length(self.samples, self.lanes, lane, epoch)
         count = self._windows(length)
         return cut + length * window // count, cut + length * (window + 1) // count
 
     def window_permutation(self, lane: int, epoch: int, window: int) -> Int64s:
-        """The order in which a window's samples are taken: int64, offsets into the window."""
+        """Returns the order in which a window's samples are taken: int64, offsets into it."""
         start, stop = self.window_line(lane, epoch, window)
         return permutation(stop - start, *self._key, "window", epoch, lane, window)
 
     def pieces(self, epoch: int, start: int, stop: int) -> list[Piece]:
-        """Where samples [start, stop) of the epoch's line lie, in line order."""
+        """Returns where samples [start, stop) of the epoch's line lie, in line order."""
         n = self.samples
         if stop <= start:
             return []
         shards, ends, offset = self._line(epoch)
         first = (start + offset) % n
         last = first + stop - start
-        # an interval that runs over the line's end goes on at the head of the first shard
+        # an interval that passes the line's end continues at the head of the first shard
         spans = [(first, last)] if last <= n else [(first, n), (0, last - n)]
-        found = []
+        pieces = []
         for begin, end in spans:
             place = int(np.searchsorted(ends, begin, side="right"))
             while begin < end:
                 shard = int(shards[place])
                 shard_begin = int(ends[place]) - int(self._shard_samples[shard])
-                upto = min(end, int(ends[place]))
-                if upto > begin:
-                    found.append(Piece(shard, begin - shard_begin, upto - begin))
-                begin, place = upto, place + 1
-        return found
+                piece_end = min(end, int(ends[place]))
+                if piece_end > begin:
+                    pieces.append(Piece(shard, begin - shard_begin, piece_end - begin))
+                begin, place = piece_end, place + 1
+        return pieces
 
     def following(self, lane: int, position: int, samples: int) -> list[int]:
-        """Shards of a lane's `samples` from its own position on, in this epoch and the next."""
-        now = (position * self.lanes + lane) // self.samples
-        first = position - lane_start(self.samples, self.lanes, lane, now)
-        found = []
-        for epoch in (now, now + 1):
+        """Returns the shards of a lane's next `samples` from `position`, in two epochs at most."""
+        current = (position * self.lanes + lane) // self.samples
+        first = position - lane_start(self.samples, self.lanes, lane, current)
+        shards = []
+        for epoch in (current, current + 1):
             cut = lane_cut(self.samples, self.lanes, lane, epoch)
             last = min(first + samples, lane_length(self.samples, self.lanes, lane, epoch))
-            found += [piece.shard for piece in self.pieces(epoch, cut + first, cut + last)]
+            shards += [piece.shard for piece in self.pieces(epoch, cut + first, cut + last)]
             samples -= last - first
             first = 0
-        return found
+        return shards
 
     def _windows(self, length: int) -> int:
         return -(-length // self.window)
 
     def _build_line(self, epoch: int) -> tuple[Int64s, Int64s, int]:
-        """Shards in the epoch's order, where each ends, and the number of samples rotated by."""
+        """Returns the shards in the epoch's order, where each ends, and the line's rotation."""
         shards = permutation(len(self._shard_samples), *self._key, "shards", epoch)
         offset = keyed_integer(self.samples, *self._key, "offset", epoch)
         return shards, np.cumsum(self._shard_samples[shards]), offset

@@ -1,11 +1,12 @@
 """Records of WebDataset tars: consecutive files of one key, as the webdataset library groups them.
 
-Read by a small parser of tar headers: `tarfile` takes some 15 times as long over small files, and
-takes a damaged header in mid-file for the end of the archive.
+Read by a small parser of tar headers: `tarfile` takes some 15 times as long for small files, and
+treats a damaged header in the middle of a file as the end of the archive.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -19,7 +20,7 @@ BLOCK = 512  # bytes; headers are one, and files fill whole ones
 
 # types of members, as bytes of their headers
 _REGULAR = b"0\x007"
-_DATALESS = b"123456"  # links, devices, directories: nothing follows, whatever the size says
+_DATALESS = b"123456"  # links, devices, directories: no data follow, even if a size is stated
 _SPARSE = ord("S")
 _EXTRA = b"LKxXg"  # GNU's long names; pax fields of the next member, or of all (g)
 _PAX_NEEDED = re.compile(rb" (?:path|size|GNU\.sparse\.[^=]*)=")
@@ -34,8 +35,8 @@ class Record(NamedTuple):
     """Consecutive files with the same key: what webdataset calls a sample.
 
     `files` maps extensions, in lower case, to contents. `offset` is the byte at which the first
-    file's header starts (the extra headers of a long name included), `end` the byte after the last
-    file, so that reading from either of them finds whole records.
+    file's headers start (those of a long name included), `end` the byte after the last file, so
+    that reading from either of them yields whole records.
     """
 
     key: str
@@ -45,15 +46,15 @@ class Record(NamedTuple):
 
 
 def records(file: BinaryIO, offset: int = 0) -> Iterator[Record]:
-    """The records of a plain tar from byte `offset` on, which must be where a record starts.
+    """Yields the records of a plain tar from byte `offset` on, where a record must start.
 
     As in webdataset, a key is a path up to the first dot of its last part; directories, links,
-    `__name__` files at the top and files without an extension are passed over. One record at a
-    time is held in memory.
+    `__name__` files at the top and files without an extension are ignored. One record at a time is
+    held in memory.
 
     Raises:
-        ValueError: the file is damaged, cut in the middle of a file, compressed or no tar, or a
-            record has two files of the same extension; one short reason.
+        ValueError: the tar is damaged, cut off inside a file, compressed or not a tar, or a record
+            has two files with the same extension; one short reason.
     """
     key: str | None = None
     files: dict[str, bytes] = {}
@@ -76,15 +77,15 @@ def records(file: BinaryIO, offset: int = 0) -> Iterator[Record]:
 
 
 def samples(file: BinaryIO, offset: int = 0) -> Iterator[Record]:
-    """Those of `records` that count as samples: they have an image.
+    """Yields the records that are samples: those with an image.
 
-    Others are passed over, such as img2dataset's of failed downloads, which have a json alone.
+    Others are ignored, such as img2dataset's records of failed downloads, which hold only a json.
     """
     return (record for record in records(file, offset) if image_of(record.files) is not None)
 
 
 def image_of(files: Mapping[str, bytes]) -> tuple[str, bytes] | None:
-    """(extension, content) of a record's image: the first of SUFFIXES that it has, or None."""
+    """Returns (extension, content) of a record's image, the first of SUFFIXES it has, or None."""
     for suffix in SUFFIXES:
         if suffix in files:
             return suffix, files[suffix]
@@ -92,24 +93,24 @@ def image_of(files: Mapping[str, bytes]) -> tuple[str, bytes] | None:
 
 
 def label_of(files: Mapping[str, bytes], label: str) -> int:
-    """A record's class number, 0 or more, from where the index says that it is.
+    """Returns a record's class number, 0 or more.
 
     Args:
         files: the record's files.
-        label: `cls`, a file of digits; or `json:KEY`, a whole number in the record's json, where a
-            KEY with dots leads into nested objects.
+        label: the index's `label`: `cls`, a file of digits; or `json:KEY`, a whole number in the
+            record's json, where dots in KEY lead into nested objects.
 
     Raises:
-        ValueError: there is none, for one short reason.
+        ValueError: there is none; one short reason.
     """
     extension, _, path = label.partition(":")
     if extension not in files:
-        raise ValueError(f"no {extension} file, which the label is read from")
+        raise ValueError(f"no {extension} file, where the label should be")
     data = files[extension]
     if not path:
         text = data.strip()
         if not text.isdigit():
-            raise ValueError(f"{extension} holds {_shown(text)}, not a class number")
+            raise ValueError(f"{extension} holds {_quote(text)}, not a class number")
         return int(text)
     try:
         value = json.loads(data)
@@ -120,30 +121,30 @@ def label_of(files: Mapping[str, bytes], label: str) -> int:
             raise ValueError(f"{extension} has no key {path}")
         value = value[part]
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{extension} holds {_shown(value)} at {path}, not a class number")
+        raise ValueError(f"{extension} holds {_quote(value)} at {path}, not a class number")
     return value
 
 
-def _shown(value: object) -> str:
+def _quote(value: object) -> str:
     text = value.decode(errors="replace") if isinstance(value, bytes) else json.dumps(value)
     return repr(text if len(text) <= 30 else text[:30] + "...")
 
 
 def _members(file: BinaryIO, position: int) -> Iterator[tuple[str, bytes, int, int]]:
-    """(name, content, start of its headers, end of its last block) of a tar's regular files."""
+    """Yields (name, content, start of its headers, end of its last block) of each regular file."""
     total = file.seek(0, os.SEEK_END)
     file.seek(position)
     block = file.read(BLOCK)
     if position == 0 and not block:
         raise ValueError("an empty file, not a tar")
     if position == 0 and block.startswith(_COMPRESSED):
-        raise ValueError("compressed: unpack it, only plain tars can be read from the middle")
+        raise ValueError("compressed: unpack it, only plain tars can be read from any offset")
     start = position  # of the member's headers
-    name: str | None = None  # from an extra header before the member's own, as the size below
+    name: str | None = None  # from an extra header before the member's own, like `size`
     size: int | None = None
     # a block of zeros ends a tar; some programs write none
     while position < total and block != _ZEROS:
-        own_size = checked_size(block, position)
+        own_size = _checked_size(block, position)
         kind = block[156]
         if kind == _SPARSE:
             raise ValueError("a sparse file: write the tar without --sparse")
@@ -160,7 +161,7 @@ def _members(file: BinaryIO, position: int) -> Iterator[tuple[str, bytes, int, i
             data = file.read(length)
         else:
             file.seek(position + length)
-        rest = file.read(padding + BLOCK)  # the next header with it, which saves a read
+        rest = file.read(padding + BLOCK)  # and the next header, which saves a read
         position += length + padding
         if extra:
             pax_name, pax_size = _extra(kind, data)
@@ -176,34 +177,32 @@ def _members(file: BinaryIO, position: int) -> Iterator[tuple[str, bytes, int, i
         raise ValueError("cut off: a header without its file at the end")
 
 
-def checked_size(block: bytes, position: int) -> int:
-    """The size that a header, read at byte `position`, states; ValueError for a wrong checksum."""
-    try:
-        if len(block) == BLOCK:
-            stated = _number(block[148:156])
-            # the sum of all bytes, modulo 65521, 20 times faster than by sum(); in it the
-            # checksum's own bytes count as blanks, and some programs take bytes as signed
-            total = (zlib.adler32(block) & 0xFFFF) - 1 - sum(block[148:156]) + 8 * 32
-            if (stated - total) % 65521 == 0 or (stated - total + 256 * _upper(block)) % 65521 == 0:
-                size = _number(block[124:136])
-                if size >= 0:
-                    return size
-    except ValueError:
-        pass
-    if position == 0:
-        raise ValueError("not a tar")
-    raise ValueError(f"damaged or cut off: no tar header at byte {position}")
+def _checked_size(block: bytes, position: int) -> int:
+    """Returns the size in a header at byte `position`; ValueError if its checksum is wrong."""
+    with contextlib.suppress(ValueError):
+        valid = len(block) == BLOCK and _has_checksum(block)
+        if valid and (size := _number(block[124:136])) >= 0:
+            return size
+    raise ValueError(
+        f"damaged or cut off: no tar header at byte {position}" if position else "not a tar"
+    )
 
 
-def _upper(block: bytes) -> int:
-    """How many bytes, the checksum's own left out, are negative when taken as signed."""
-    return sum(byte > 127 for byte in block[:148] + block[156:])
+def _has_checksum(block: bytes) -> bool:
+    stated = _number(block[148:156])
+    # adler32 has the sum of all bytes modulo 65521, 20 times faster than sum(). The checksum's own
+    # bytes count as blanks; some programs sum signed bytes.
+    excess = (zlib.adler32(block) & 0xFFFF) - 1 - sum(block[148:156]) + 8 * 32 - stated
+    if excess % 65521 == 0:
+        return True
+    negative = sum(byte > 127 for byte in block[:148] + block[156:])
+    return (excess - 256 * negative) % 65521 == 0
 
 
 def _number(field: bytes) -> int:
-    """A number of a header: octal digits, or big-endian behind a byte of 0x80 (or 0xff: negative).
+    """Returns a header's number: octal digits, or big-endian after a byte 0x80 (0xff: negative).
 
-    ValueError where it is neither.
+    Raises ValueError if it is neither.
     """
     if field[0] in (0x80, 0xFF):
         negative = int(field[0] == 0xFF) << 8 * (len(field) - 1)
@@ -221,7 +220,7 @@ def _text(field: bytes) -> str:
 
 
 def _extra(kind: int, data: bytes) -> tuple[str | None, int | None]:
-    """The name and size that an extra header gives to the member after it."""
+    """Returns the name and size that an extra header gives to the member after it."""
     if kind == ord("L"):
         return _text(data), None
     if kind == ord("K") or not _PAX_NEEDED.search(data):
@@ -239,7 +238,7 @@ def _extra(kind: int, data: bytes) -> tuple[str | None, int | None]:
         raise ValueError("a sparse file: write the tar without --sparse")
     path, size = fields.get(b"path"), fields.get(b"size")
     if kind == ord("g") and (path is not None or size is not None):
-        raise ValueError("a pax header that names all files alike cannot be read")
+        raise ValueError("a pax header that gives all files one name or size cannot be read")
     if size is not None and not size.isdigit():
         raise ValueError("damaged tar: a pax header that cannot be read")
     name = None if path is None else path.decode("utf-8", "surrogateescape").rstrip("/")

@@ -1,105 +1,90 @@
-"""Whole runs under DeepSpeed: the numbers of DDP, its checkpoints, and runs that change over."""
+"""Whole runs under DeepSpeed: DDP's numbers, its checkpoints, and runs that change the backend."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from sgan_dist.config import Config
-from sgan_dist.trainer import fit
 from tests.conftest import small_config
-from tests.distributed.test_world_size import parameters
-from tests.ranks import REPOSITORY, free_port, launch, run, run_ranks
+from tests.distributed.runs import metrics, parameters, summary, train_rank
+from tests.ranks import free_port, launch, run, run_ranks
+
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 DDP = "ddp"
 OPTIONS = (
     "--optim.clip_norm=1",
     "--optim.decay=0.5",
-    "--train.accumulation=2",
+    "--batch.accumulation=2",
     "--loss.consistency=1",
     "--teacher_augment.translate=1",
 )
 
 
 def config(root: Path, run: Path, backend: str, *options: str) -> Config:
-    named = () if backend == DDP else (f"--train.deepspeed={zero(backend)}",)
+    named = () if backend == DDP else (f"--machine.deepspeed=deepspeed/{backend}",)
     return small_config(root, run, *OPTIONS, *named, *options)
 
 
-def zero(name: str) -> Path:
-    return REPOSITORY / "configs" / "deepspeed" / f"{name}.json"
-
-
-def train(rank: int, config: Config) -> int:
-    return fit(config)
-
-
 def first_values(root: Path, run: Path, options: tuple[str, ...]) -> dict[str, Tensor]:
-    """The parameters after one step of a hundred-millionth of the rate."""
+    """The parameters after one step at a rate that changes nothing."""
     slow = ("--optim.lr=1e-12", "--optim.generator_lr=1e-12", "--train.steps=1")
-    run_ranks(1, train, config(root, run, DDP, *options, *slow))
+    run_ranks(1, train_rank, config(root, run, DDP, *options, *slow))
     return parameters(run)
 
 
 def update(run: Path, first: dict[str, Tensor]) -> Tensor:
-    """How far D and G have come, end to end."""
-    now = parameters(run)
-    keys = [key for key in now if not key.startswith("ema.")]
-    return torch.cat([(now[key].double() - first[key].double()).flatten() for key in keys])
+    """The change of all parameters of D and G since `first`, as one vector."""
+    last = parameters(run)
+    keys = [key for key in last if not key.startswith("ema.")]
+    return torch.cat([(last[key].double() - first[key].double()).flatten() for key in keys])
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("generator", ["feature_matching", "non_saturating"])
 def test_zero_trains_as_ddp_and_as_one_process(
     generator: str, digits: Path, tmp_path: Path
 ) -> None:
-    # Steps and a seed in which no activation lies so near the kink of its leaky ReLU that the last
-    # bits, in which orders of summation differ, decide its slope.
+    # Steps and a seed in which no activation is so near the kink of its leaky ReLU that the order of
+    # a sum, which changes the last bits, decides its slope.
     options = (f"--loss.generator={generator}", "--seed=1", "--train.steps=8")
     first = first_values(digits, tmp_path / "first", options)
-    run_ranks(1, train, config(digits, tmp_path / "alone", DDP, *options))
+    run_ranks(1, train_rank, config(digits, tmp_path / "alone", DDP, *options))
     for backend in (DDP, "zero1", "zero2"):
-        run_ranks(2, train, config(digits, tmp_path / backend, backend, *options))
+        run_ranks(2, train_rank, config(digits, tmp_path / backend, backend, *options))
     alone, ddp = update(tmp_path / "alone", first), update(tmp_path / DDP, first)
     for backend in ("zero1", "zero2"):
         moved = update(tmp_path / backend, first)
         print(backend, float((moved - ddp).norm() / ddp.norm()))
         assert (moved - ddp).norm() < 1e-6 * ddp.norm()
         lines = zip(metrics(tmp_path / DDP), metrics(tmp_path / backend), strict=True)
-        for ours, theirs in lines:
+        for expected, line in lines:
             for key in ("d/gradient_norm", "g/gradient_norm", "d/supervised"):
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
+                assert expected[key] == pytest.approx(line[key], rel=1e-5)
     print("one process", float((ddp - alone).norm() / alone.norm()))
     assert (ddp - alone).norm() < 1e-4 * alone.norm()
 
 
-@pytest.mark.slow
 def test_a_run_may_change_its_backend_and_its_world(digits: Path, tmp_path: Path) -> None:
     first = first_values(digits, tmp_path / "first", ())
-    run_ranks(2, train, config(digits, tmp_path / "straight", DDP, "--optim.decay=0"))
+    run_ranks(2, train_rank, config(digits, tmp_path / "straight", DDP, "--optim.decay=0"))
     changes = ((DDP, 2, 5), ("zero2", 2, 10), ("zero1", 3, 13), (DDP, 1, 16), ("zero2", 1, 20))
     for backend, world_size, steps in changes:
         run_ranks(
             world_size,
-            train,
+            train_rank,
             config(
                 digits,
                 tmp_path / "changing",
                 backend,
                 "--optim.decay=0",
-                "--train.accumulation=1",
+                "--batch.accumulation=1",
                 f"--train.steps={steps}",
             ),
         )
@@ -107,21 +92,17 @@ def test_a_run_may_change_its_backend_and_its_world(digits: Path, tmp_path: Path
     assert (changing - straight).norm() < 1e-4 * straight.norm()
 
 
-@pytest.mark.slow
 def test_a_resumed_run_under_zero_equals_an_uninterrupted_one(digits: Path, tmp_path: Path) -> None:
-    options = ("--optim.decay=0", "--train.accumulation=1")
+    options = ("--optim.decay=0", "--batch.accumulation=1")
     straight = config(digits, tmp_path / "a", "zero2", *options, "--train.steps=10")
-    run_ranks(2, train, straight)
+    run_ranks(2, train_rank, straight)
     for steps in (5, 10):
         resumed = config(digits, tmp_path / "b", "zero2", *options, f"--train.steps={steps}")
-        run_ranks(2, train, resumed)
-    hashes = [
-        json.loads((tmp_path / run / "summary.json").read_text())["weights_sha256"] for run in "ab"
-    ]
+        run_ranks(2, train_rank, resumed)
+    hashes = [summary(tmp_path / run)["weights_sha256"] for run in "ab"]
     assert hashes[0] == hashes[1]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize(
     "launcher",
@@ -132,7 +113,7 @@ def test_a_resumed_run_under_zero_equals_an_uninterrupted_one(digits: Path, tmp_
     ],
     ids=["deepspeed", "accelerate", "torchrun"],
 )
-def test_killed_under_each_launcher_it_goes_on(
+def test_a_run_killed_under_each_launcher_resumes(
     launcher: tuple[str, ...], digits: Path, tmp_path: Path
 ) -> None:
     launcher = tuple(str(free_port()) if word == "PORT" else word for word in launcher)
@@ -143,7 +124,6 @@ def test_killed_under_each_launcher_it_goes_on(
             f"--run_dir={tmp_path / name}",
             "--train.steps=60",
             "--train.log_every=10",
-            "--train.baseline_steps=0",
             "--checkpoint.every=10",
             "--tracking.wandb=false",
             '--model.discriminator_args={"width": 4}',
@@ -162,8 +142,5 @@ def test_killed_under_each_launcher_it_goes_on(
             assert not (tmp_path / name / "DONE").exists()
         code, output = run(*command, DS_ACCELERATOR="cpu")
         assert code == 0 and ("resuming after step" in output) == killed, output
-    hashes = [
-        json.loads((tmp_path / name / "summary.json").read_text())["weights_sha256"]
-        for name in ("straight", "killed")
-    ]
+    hashes = [summary(tmp_path / name)["weights_sha256"] for name in ("straight", "killed")]
     assert hashes[0] == hashes[1]

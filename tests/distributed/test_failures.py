@@ -1,4 +1,4 @@
-"""One rank's failure reaches all of them, before the next collective, and nobody hangs."""
+"""One rank's failure is raised on all ranks, before the next collective, and none hangs."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from sgan_dist import checkpoint
-from sgan_dist.config import Config, DataConfig
-from sgan_dist.data.index import load_index
-from sgan_dist.data.stream import open_storage
+from sgan_dist import checkpoint, evaluate, train
+from sgan_dist.config import Config
 from sgan_dist.errors import NonFiniteLoss, UserError
-from sgan_dist.evaluate import evaluate
-from sgan_dist.export import load_classifier
-from sgan_dist.trainer import fit
 from tests.conftest import small_config
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.process
 
-def message_of_fit(rank: int, configs: list[Config]) -> str:
+
+def message_of_train(rank: int, configs: list[Config]) -> str:
     try:
-        fit(configs[rank])
+        train(configs[rank])
     except UserError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
@@ -36,7 +33,7 @@ def test_a_shard_damaged_on_one_rank_stops_all(digits: Path, tmp_path: Path) -> 
     data[:1024] = b"\xff" * 1024
     shard.write_bytes(data)
     configs = [small_config(root, tmp_path / "run") for root in (digits, damaged)]
-    first, second = run_ranks(2, message_of_fit, configs)
+    first, second = run_ranks(2, message_of_train, configs)
     assert first == second and shard.name in first and first.startswith("UserError")
 
 
@@ -46,11 +43,11 @@ def test_a_non_finite_loss_stops_before_its_update(
 ) -> None:
     bad = ("--optim.name=sgd", "--optim.lr=3", "--checkpoint.every=1", "--checkpoint.keep=99")
     config = small_config(digits, tmp_path, *bad)
-    messages = run_ranks(world_size, message_of_fit, [config] * world_size)
+    messages = run_ranks(world_size, message_of_train, [config] * world_size)
     assert len(set(messages)) == 1 and messages[0].startswith(NonFiniteLoss.__name__)
     step = int(messages[0].split("at step ")[1].split(",")[0])
-    path, passed_over = checkpoint.latest(tmp_path)
-    assert path is not None and not passed_over
+    path, damaged_checkpoints = checkpoint.latest(tmp_path)
+    assert path is not None and not damaged_checkpoints
     assert checkpoint.read_meta(path)["step"] == step
     state = checkpoint.read_state(path)
     for network in (state["generator"]["network"], state["discriminator"]["network"]):
@@ -59,19 +56,19 @@ def test_a_non_finite_loss_stops_before_its_update(
     assert [len(ids["labeled"]) for ids in written["ranks"]] == [12 // world_size] * world_size
 
 
-def test_batches_that_can_not_be_shared_are_refused(digits: Path, tmp_path: Path) -> None:
-    config = small_config(digits, tmp_path, "--train.fake_batch=9")
-    messages = run_ranks(2, message_of_fit, [config] * 2)
-    assert len(set(messages)) == 1 and "train.fake_batch is 9" in messages[0]
-    config = small_config(digits, tmp_path, "--data.unlabeled_batch=25")
-    messages = run_ranks(2, message_of_fit, [config] * 2)
+def test_batches_that_cannot_be_shared_are_refused(digits: Path, tmp_path: Path) -> None:
+    config = small_config(digits, tmp_path, "--batch.fake=9")
+    messages = run_ranks(2, message_of_train, [config] * 2)
+    assert len(set(messages)) == 1 and "batch.fake is 9" in messages[0]
+    config = small_config(digits, tmp_path, "--batch.unlabeled=25")
+    messages = run_ranks(2, message_of_train, [config] * 2)
     assert len(set(messages)) == 1 and "25" in messages[0] and "2" in messages[0]
 
 
-def test_what_rank_zero_can_not_write_stops_all(digits: Path, tmp_path: Path) -> None:
+def test_what_rank_zero_cannot_write_stops_all(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "samples").write_text("a file is in the way")
     config = small_config(digits, tmp_path, "--train.sample_every=2")
-    messages = run_ranks(2, message_of_fit, [config] * 2)
+    messages = run_ranks(2, message_of_train, [config] * 2)
     assert len(set(messages)) == 1 and "samples" in messages[0]
 
 
@@ -79,41 +76,30 @@ def test_what_rank_zero_can_not_write_stops_all(digits: Path, tmp_path: Path) ->
 def test_a_forgotten_parameter_is_named(world_size: int, digits: Path, tmp_path: Path) -> None:
     own = "--model.discriminator=tests.own_models:WithUnusedParameter"
     config = small_config(digits, tmp_path, own, "--model.discriminator_args={}")
-    messages = run_ranks(world_size, message_of_fit, [config] * world_size)
+    messages = run_ranks(world_size, message_of_train, [config] * world_size)
     assert len(set(messages)) == 1 and "forgotten.weight" in messages[0]
 
 
 def test_a_checkpoint_of_other_code_is_refused(digits: Path, tmp_path: Path) -> None:
-    assert run_ranks(1, message_of_fit, [small_config(digits, tmp_path)]) == ["no error"]
+    assert run_ranks(1, message_of_train, [small_config(digits, tmp_path)]) == ["no error"]
     path, _ = checkpoint.latest(tmp_path)
     assert path is not None
     state, meta = checkpoint.read_state(path), checkpoint.read_meta(path)
     del state["save_seconds"]
     checkpoint.save(tmp_path, meta["step"], state, meta, keep=2)
     longer = small_config(digits, tmp_path, "--train.steps=30")
-    messages = run_ranks(2, message_of_fit, [longer] * 2)
+    messages = run_ranks(2, message_of_train, [longer] * 2)
     assert len(set(messages)) == 1
     assert "UserError" in messages[0] and "'save_seconds'" in messages[0]
 
 
 def errors_of(rank: int, root: str, run: Path) -> tuple[float, list[list[int]]]:
-    from sgan_dist.backend import AccelerateBackend
-
-    backend = AccelerateBackend(Config())
-    network, about = load_classifier(run / "classifier.safetensors")
-    found = evaluate(
-        network,
-        load_index(root),
-        open_storage(DataConfig(root=root)),
-        "test",
-        about["form"],
-        backend.device,
-    )
-    return found.error, found.confusion
+    metrics = evaluate(run, "test", root)
+    return metrics.error, metrics.confusion
 
 
 def test_ranks_share_an_evaluation(digits: Path, tmp_path: Path) -> None:
-    assert run_ranks(1, message_of_fit, [small_config(digits, tmp_path)]) == ["no error"]
+    assert run_ranks(1, message_of_train, [small_config(digits, tmp_path)]) == ["no error"]
     (alone,) = run_ranks(1, errors_of, str(digits), tmp_path)
     assert run_ranks(3, errors_of, str(digits), tmp_path) == [alone] * 3
     assert sum(map(sum, alone[1])) == 1000

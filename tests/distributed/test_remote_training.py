@@ -1,17 +1,15 @@
-"""Training over http: what passes changes nothing; what stays stops all ranks with one message."""
+"""Training over http: passing faults change nothing, lasting ones stop all ranks with one message."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
+import functools
 import io
 import json
 import os
 import re
 import shutil
 import struct
-import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,24 +20,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sgan_dist.data import prepare as preparing
-from sgan_dist.data import remote
+from sgan_dist import cli
 from sgan_dist.data.index import DatasetIndex, load_index, save, with_fingerprint
-from sgan_dist.data.prepare import prepare
-from sgan_dist.data.sources import load_source
-from sgan_dist.trainer import main
-from tests.distributed.test_elastic import with_children
-from tests.distributed.test_world_size import EXACT, largest_difference, parameters
-from tests.ranks import CONTEXT, run, run_ranks
+from sgan_dist.data.prepare import shards
+from sgan_dist.data.prepare.shards import prepare
+from sgan_dist.data.prepare.sources import load_source
+from sgan_dist.data.remote import transfer
+from tests.data.datasets import LAYOUTS, rewrite_shard, tar_files
+from tests.distributed.runs import (
+    EXACT,
+    largest_difference,
+    metrics,
+    parameters,
+    summary,
+)
+from tests.ranks import CONTEXT, run, run_ranks, with_children
 from tests.servers import Fault, Handler, cut, drop, garble, http_server, slow, status
 
-LAYOUTS = ("packed", "per-sample")
 BLOCK, SHARD = 5, 10  # samples
-TRAIN = (
-    660  # images of 84 x 84, so an epoch is 13.75 steps, and a window of 1 MiB less than a third
-)
+# images of 84 x 84: an epoch is 13.75 steps, and a window of 1 MiB less than a third of it
+TRAIN = 660
 
-Outcome = tuple[int, str]  # exit code, and what was said
+Outcome = tuple[int, str]  # exit code and output
 
 pytestmark = [
     pytest.mark.timeout(240),
@@ -49,9 +51,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def fork_server() -> Iterator[None]:
-    """A process has one; this one saves each rank an import of seconds."""
+    """A process has one fork server; this one saves each rank an import of seconds."""
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
-    CONTEXT.set_forkserver_preload(["sgan_dist.trainer", "torch._dynamo"])
+    CONTEXT.set_forkserver_preload(["sgan_dist.run.trainer", "torch._dynamo"])
     forkserver.ensure_running()
     yield
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
@@ -71,7 +73,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             (source / f"{part}-{name}-ubyte").write_bytes(header + array.astype("u1").tobytes())
     folders = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparing, "PACKED_BLOCK", BLOCK)
+        patch.setattr(shards, "PACKED_BLOCK", BLOCK)
         for layout in LAYOUTS:
             folders[layout] = tmp_path_factory.mktemp(layout) / "digits"
             prepare(
@@ -92,15 +94,15 @@ def command(root: Path | str, directory: Path, *overrides: str) -> list[str]:
     return [
         f"--data.root={root}",
         "--data.source=null",
-        f"--data.cache={directory.parent / 'cache'}",
+        f"--remote.cache={directory.parent / 'cache'}",
         f"--run_dir={directory}",
         "--name=small",
-        "--data.labeled_batch=12",
-        "--data.unlabeled_batch=48",
-        "--data.lanes=12",
-        "--data.window_mib=1",
-        "--data.tries=4",
-        "--train.fake_batch=12",
+        "--batch.labeled=12",
+        "--batch.unlabeled=48",
+        "--stream.lanes=12",
+        "--stream.window_mib=1",
+        "--remote.tries=4",
+        "--batch.fake=12",
         "--model.discriminator=mlp",
         "--model.generator=mlp",
         '--model.discriminator_args={"sizes": [40, 20]}',
@@ -109,7 +111,6 @@ def command(root: Path | str, directory: Path, *overrides: str) -> list[str]:
         "--loss.consistency=0",
         "--augment.elastic=0",
         "--train.steps=16",
-        "--train.baseline_steps=0",
         "--train.log_every=1",
         "--train.evaluate_every=0",
         "--train.sample_every=0",
@@ -120,14 +121,14 @@ def command(root: Path | str, directory: Path, *overrides: str) -> list[str]:
 
 
 def train(rank: int, argv: list[str]) -> Outcome:
-    """launch/train.py, on one rank of a launcher; waits between tries are short."""
-    # nothing for accelerate to warn of, and no proxy
+    """`sgan-dist train` on one rank of a launcher, with short waits between tries."""
+    # no warnings from accelerate, and no proxy
     os.environ |= {"OMP_NUM_THREADS": "1", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
-    remote.BACKOFF_SECONDS = 0.05
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        code = main(argv)
-    return code, said.getvalue()
+    transfer.BACKOFF_SECONDS = 0.05
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+        code = cli.main(["train", *argv])
+    return code, output.getvalue()
 
 
 def launch(world_size: int, *argv: Any) -> list[Outcome]:
@@ -135,18 +136,19 @@ def launch(world_size: int, *argv: Any) -> list[Outcome]:
 
 
 def assert_done(outcomes: list[Outcome]) -> str:
-    """All ranks ended well; returns what they said."""
-    text = "".join(said for _, said in outcomes)
+    """All ranks ended well; returns their output."""
+    text = "".join(output for _, output in outcomes)
     assert [code for code, _ in outcomes] == [0] * len(outcomes), text
     return text
 
 
 def assert_stopped(outcomes: list[Outcome], directory: Path, code: int = 2) -> str:
-    """All ranks stopped with one message, which is returned; FAILED holds it unless it may pass."""
-    assert [found for found, _ in outcomes] == [code] * len(outcomes)
-    first, *others = (said for _, said in outcomes)
-    # ranks tell of their own retries, and rank 0 alone of errors
-    assert all(line.startswith("retrying ") for said in others for line in said.splitlines())
+    """All ranks stopped with one message, which is returned; it is in FAILED if it is final."""
+    assert [rank_code for rank_code, _ in outcomes] == [code] * len(outcomes)
+    first, *others = (output for _, output in outcomes)
+    # each rank reports its own retries, and rank 0 alone the errors
+    lines = [line for output in others for line in output.splitlines()]
+    assert all(line.startswith("retrying ") for line in lines), lines
     messages = re.findall(r"^error: .*", first, re.MULTILINE)
     assert len(messages) == 1 and "Traceback" not in first, first
     message: str = messages[0].removeprefix("error: ")
@@ -158,45 +160,38 @@ def assert_stopped(outcomes: list[Outcome], directory: Path, code: int = 2) -> s
     return message
 
 
-def summary(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "summary.json").read_text())  # type: ignore[no-any-return]
+def assert_same_run(run: Path, other: Path) -> None:
+    assert summary(run)["weights_sha256"] == summary(other)["weights_sha256"]
+    assert metrics(run) == metrics(other)
+    assert summary(run)["test_error"] == summary(other)["test_error"]
 
 
-def metrics(directory: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
-
-
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    assert summary(ours)["weights_sha256"] == summary(theirs)["weights_sha256"]
-    assert metrics(ours) == metrics(theirs)
-    assert summary(ours)["test_error"] == summary(theirs)["test_error"]
+LocalRun = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def local(
-    prepared: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], Path]:
-    """world size -> a run on local files, made once."""
-    runs: dict[int, Path] = {}
+def local(prepared: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> LocalRun:
+    """(world size, layout) -> a run on local files, made once."""
 
-    def of(world_size: int) -> Path:
-        if world_size not in runs:
-            runs[world_size] = tmp_path_factory.mktemp("local") / "run"
-            assert_done(launch(world_size, prepared["packed"], runs[world_size]))
-        return runs[world_size]
+    @functools.cache
+    def local_run(world_size: int, layout: str = "packed") -> Path:
+        run = tmp_path_factory.mktemp("local") / "run"
+        assert_done(launch(world_size, prepared[layout], run))
+        return run
 
-    return of
+    return local_run
 
 
-def names(index: DatasetIndex, *splits: str) -> list[str]:
+def shard_paths(index: DatasetIndex, *splits: str) -> list[str]:
+    """The paths of these splits' shards on a server."""
     return [f"/{shard.name}" for split in splits for shard in index.split(split).shards]
 
 
+@pytest.mark.parametrize("layout", ["packed", pytest.param("per-sample", marks=pytest.mark.slow)])
 def test_a_bad_server_changes_nothing(
-    prepared: dict[str, Path], local: Callable[[int], Path], tmp_path: Path
+    layout: str, prepared: dict[str, Path], local: LocalRun, tmp_path: Path
 ) -> None:
-    root = prepared["packed"]
+    root = prepared[layout]
     index = load_index(root)
     with http_server(root) as server:
         passing: list[list[Fault]] = [
@@ -208,10 +203,12 @@ def test_a_bad_server_changes_nothing(
             [garble, garble],
             [],
         ]
-        shards = names(index, "labeled", "unlabeled", "validation", "test")
+        shards = shard_paths(index, "labeled", "unlabeled", "validation", "test")
         for number, path in enumerate(shards):
             server.faults[path] = list(passing[number % len(passing)])
-            server.faults[f"{path}.offsets.npy"] = [[], [status(500)], [drop]][number % 3].copy()
+            if layout == "per-sample":
+                sidecar_faults: list[list[Fault]] = [[], [status(500)], [drop]]
+                server.faults[f"{path}.offsets.npy"] = sidecar_faults[number % 3]
         server.faults["/index.json"] = [status(502), drop]
         assert_done(launch(2, server.url, tmp_path / "run"))
         assert {path for path in server.requests if path.endswith(".tar")} == set(shards)
@@ -219,7 +216,7 @@ def test_a_bad_server_changes_nothing(
         assert sum(map(len, server.faults.values())) < len(shards)  # type: ignore[arg-type]
         config = (tmp_path / "run" / "config.yaml").read_text()
         assert f"root: {server.url}\n" in config  # where a report finds it again
-    assert_same_run(tmp_path / "run", local(2))
+    assert_same_run(tmp_path / "run", local(2, layout))
 
 
 @pytest.mark.parametrize(
@@ -238,13 +235,14 @@ def test_a_shard_that_was_changed_is_named(
     run = tmp_path / "run"
     with http_server(prepared["packed"]) as server:
         server.faults[f"/{shard}"] = fault
-        message = assert_stopped(launch(2, server.url, run, "--data.tries=2"), run)
+        message = assert_stopped(launch(2, server.url, run, "--remote.tries=2"), run)
         assert shard in message and "no longer match the index" in message
-        assert server.requests[f"/{shard}"] <= 2 * 2 * 2  # tries, of each rank: ahead, and opening
+        # two tries of each of two ranks, when it is prefetched and when it is opened
+        assert server.requests[f"/{shard}"] <= 2 * 2 * 2
 
 
 def closing_after(shards: int) -> Fault:
-    """Good answers to this many requests; then the server is gone."""
+    """Good answers to this many requests; then the server closes."""
     left = iter(range(shards))
 
     def fault(handler: Handler, body: bytes) -> None:
@@ -259,15 +257,15 @@ def closing_after(shards: int) -> Fault:
     return fault
 
 
-def test_a_server_that_is_gone_stops_all_and_is_waited_for_by_nobody(
-    prepared: dict[str, Path], local: Callable[[int], Path], tmp_path: Path
+def test_a_server_that_is_gone_stops_all_at_once(
+    prepared: dict[str, Path], local: LocalRun, tmp_path: Path
 ) -> None:
     root = prepared["packed"]
     index = load_index(root)
     directory = tmp_path / "run"
-    options = ("--data.tries=2", "--data.timeout=5")
+    options = ("--remote.tries=2", "--remote.read_timeout=5")
     with http_server(root) as server:
-        server.faults |= dict.fromkeys(names(index, "unlabeled"), closing_after(50))
+        server.faults |= dict.fromkeys(shard_paths(index, "unlabeled"), closing_after(50))
         outcomes = launch(2, server.url, directory, *options)
     message = assert_stopped(outcomes, directory, code=75)
     assert re.search(
@@ -275,47 +273,32 @@ def test_a_server_that_is_gone_stops_all_and_is_waited_for_by_nobody(
     )
     done = len(metrics(directory))
     assert 3 <= done < 16  # a window was used at least
-    # the shards come back at another address, and the run goes on as if nothing had been
+    # the shards are back at another address, and the run continues as if nothing had happened
     with http_server(root) as server:
         assert_done(launch(2, server.url, directory, *options))
     assert not (directory / "FAILED").exists()
     assert_same_run(directory, local(2))
 
 
-def damaged(source: Path, folder: Path) -> tuple[DatasetIndex, dict[str, int]]:
-    """A copy some records of which were damaged when it was indexed; these records, with samples.
+def damage(source: Path, folder: Path) -> dict[str, int]:
+    """Makes a copy in which some records are damaged, and indexes it; returns them, with samples.
 
-    Of unlabeled shards that different ranks read, and of a labeled one.
+    They are in unlabeled shards that different ranks read, and in a labeled one.
     """
     shutil.copytree(source, folder)
     index, records = load_index(folder), {}
-    for split, number, nth, broken in (
+    for split, number, nth, suffixes in (
         *(("unlabeled", number, number % 2 - 1, "images.npy .png") for number in (0, 21, 40, 61)),
         ("labeled", 1, 0, "labels.npy .cls"),
     ):
-        shard = index.split(split).shards[number]
-        path = folder / shard.name
-        with tarfile.open(path) as tar:
-            files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
-        name = [name for name in files if name.endswith(tuple(broken.split()))][nth]
-        files[name] = b"broken"
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for key, data in files.items():
-                member = tarfile.TarInfo(key)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-        path.with_name(f"{path.name}.offsets.npy").unlink()
-        data = path.read_bytes()
-        fresh = dataclasses.replace(shard, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-        shards = list(index.split(split).shards)
-        shards[number] = fresh
-        changed = dataclasses.replace(index.split(split), shards=tuple(shards))
-        index = dataclasses.replace(index, **{split: changed})  # type: ignore[arg-type]
-        record = range(-(-shard.samples // changed.block))[nth]
-        records[f"{shard.name}, record {record}"] = changed.block
-    index = with_fingerprint(index)
-    save(index, folder)
-    return index, records
+        shard, block = index.split(split).shards[number], index.split(split).block
+        files = tar_files(folder / shard.name)
+        name = [name for name in files if name.endswith(tuple(suffixes.split()))][nth]
+        index = rewrite_shard(folder, index, split, number, files | {name: b"broken"})
+        record = range(-(-shard.samples // block))[nth]
+        records[f"{shard.name}, record {record}"] = block
+    save(with_fingerprint(index), folder)
+    return records
 
 
 @pytest.mark.parametrize(
@@ -333,30 +316,32 @@ def test_records_that_were_indexed_damaged_are_skipped(
     prepared: dict[str, Path],
     tmp_path: Path,
 ) -> None:
-    """By any ranks, workers and resumes alike: counted, and named once."""
-    _, records = damaged(prepared[layout], tmp_path / "digits")
+    """With any ranks, workers and resumes: counted, and named once."""
+    records = damage(prepared[layout], tmp_path / "digits")
     total = sum(records.values())
-    # two epochs and more; as many as may be
+    # more than two epochs; the largest number of damaged images that is allowed
     options = (*EXACT, "--train.steps=32", f"--data.max_skips={total}")
-    said = {"alone": "", "changing": ""}
+    output = {"alone": "", "changing": ""}
     with http_server(tmp_path / "digits") as server:
-        said["alone"] = assert_done(launch(1, server.url, tmp_path / "alone", *options))
+        output["alone"] = assert_done(launch(1, server.url, tmp_path / "alone", *options))
         for world_size, workers, steps in stages:
-            more = (f"--train.steps={steps}", f"--data.workers={workers}")
+            more = (f"--train.steps={steps}", f"--stream.workers={workers}")
             outcomes = launch(world_size, server.url, tmp_path / "changing", *options, *more)
-            said["changing"] += assert_done(outcomes)
-    for name, text in said.items():
-        told = re.findall(r"^skipped (.*): .+ \(damaged when it was indexed\)$", text, re.MULTILINE)
-        assert sorted(told) == sorted(records), text
+            output["changing"] += assert_done(outcomes)
+    for name, text in output.items():
+        named = re.findall(
+            r"^skipped (.*): .+ \(damaged when it was indexed\)$", text, re.MULTILINE
+        )
+        assert sorted(named) == sorted(records), text
         assert summary(tmp_path / name)["skipped_images"] == total
         counts = [line["data/skipped"] for line in metrics(tmp_path / name)]
         assert counts == sorted(counts) and counts[-1] == total
-    found = largest_difference(parameters(tmp_path / "alone"), parameters(tmp_path / "changing"))
-    assert found < 1e-12
+    runs = parameters(tmp_path / "alone"), parameters(tmp_path / "changing")
+    assert largest_difference(*runs) < 1e-12
 
 
 def test_too_much_damage_stops_all(prepared: dict[str, Path], tmp_path: Path) -> None:
-    _, records = damaged(prepared["packed"], tmp_path / "digits")
+    records = damage(prepared["packed"], tmp_path / "digits")
     run = tmp_path / "run"
     outcomes = launch(2, tmp_path / "digits", run, f"--data.max_skips={sum(records.values()) - 1}")
     message = assert_stopped(outcomes, run)
@@ -369,40 +354,39 @@ def test_too_much_damage_stops_all(prepared: dict[str, Path], tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("cache_gib", ["1", "1e-3"], ids=["whole", "tiny"])
 def test_two_runs_share_a_cache(
-    cache_gib: str, prepared: dict[str, Path], local: Callable[[int], Path], tmp_path: Path
+    cache_gib: str, prepared: dict[str, Path], local: LocalRun, tmp_path: Path
 ) -> None:
     index = load_index(prepared["packed"])
-    shards = names(index, "labeled", "unlabeled", "validation", "test")
+    shards = shard_paths(index, "labeled", "unlabeled", "validation", "test")
     directories = [tmp_path / "a", tmp_path / "b"]
     with http_server(prepared["packed"]) as server, ThreadPoolExecutor(2) as pool:
         runs = [
-            pool.submit(launch, 1, server.url, directory, f"--data.cache_gib={cache_gib}")
+            pool.submit(launch, 1, server.url, directory, f"--remote.cache_gib={cache_gib}")
             for directory in directories
         ]
         for outcomes in runs:
             assert_done(outcomes.result())
-        asked = {path: count for path, count in server.requests.items() if path.endswith(".tar")}
-    assert set(asked) == set(shards)
-    kept = [p for p in (tmp_path / "cache").glob("[0-9a-f][0-9a-f]/*") if not p.suffix]
+        counts = {path: count for path, count in server.requests.items() if path.endswith(".tar")}
+    assert set(counts) == set(shards)
+    cached = [p for p in (tmp_path / "cache").glob("[0-9a-f][0-9a-f]/*") if not p.suffix]
     if cache_gib == "1":
-        assert set(asked.values()) == {1} and len(kept) == len(shards)
+        assert set(counts.values()) == {1} and len(cached) == len(shards)
     else:
-        size = sum(path.stat().st_size for path in kept)
-        assert (
-            size <= float(cache_gib) * 2**30 < sum(shard.bytes for shard in index.unlabeled.shards)
-        )
+        size = sum(path.stat().st_size for path in cached)
+        split_size = sum(shard.bytes for shard in index.unlabeled.shards)
+        assert size <= float(cache_gib) * 2**30 < split_size
     for directory in directories:
         assert_same_run(directory, local(1))
 
 
 @pytest.mark.slow
 def test_as_launched(prepared: dict[str, Path], tmp_path: Path) -> None:
-    """Two ranks with a worker each; the server goes, and comes back."""
+    """Two ranks with a worker each; the server closes, and is started again."""
     index = load_index(prepared["packed"])
     directory = tmp_path / "run"
     with http_server(prepared["packed"]) as server:
-        server.faults |= dict.fromkeys(names(index, "unlabeled"), closing_after(50))
-        argv = command(server.url, directory, "--data.tries=2", "--data.workers=1")
+        server.faults |= dict.fromkeys(shard_paths(index, "unlabeled"), closing_after(50))
+        argv = command(server.url, directory, "--remote.tries=2", "--stream.workers=1")
         launched = ("accelerate", "launch", "--multi_gpu", "--num_processes", "2")
         code, output = run(*launched, "launch/train.py", *argv, ACCELERATE_USE_CPU="true")
     assert code != 0 and output.count("error: cannot download") == 1
@@ -412,7 +396,7 @@ def test_as_launched(prepared: dict[str, Path], tmp_path: Path) -> None:
         argv[0] = f"--data.root={server.url}"
         code, output = run(*launched, "launch/train.py", *argv, ACCELERATE_USE_CPU="true")
         assert code == 0 and (directory / "DONE").exists(), output
-        code, output = run("python", "launch/evaluate.py", str(directory), "--json")
+        code, output = run("sgan-dist", "evaluate", str(directory), "--json")
         assert code == 0, output
-        found = json.loads(output[output.index("{") :])
-    assert found["error"] == summary(directory)["test_error"]
+    figures = json.loads(output[output.index("{") :])
+    assert figures["error"] == summary(directory)["test_error"]

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from sgan_dist.config import Config
-from sgan_dist.trainer import fit
 from tests.conftest import small_config
+from tests.distributed.runs import MLP, TUTORIAL, metrics, summary, train_rank
 from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.process
 
 # The rate must not depend on train.steps, which is what ends the first half.
 OPTIONS = ("--optim.decay=0", "--train.evaluate_every=5")
-
-
-def train(rank: int, config: Config) -> int:
-    return fit(config)
-
-
-def summary(run: Path) -> dict[str, Any]:
-    return json.loads((run / "summary.json").read_text())  # type: ignore[no-any-return]
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
-
-
 OWN = ("--model.discriminator=tests.own_models:WithBatchNorm", "--model.discriminator_args={}")
-BOOK = ("--model.discriminator=book", "--model.discriminator_args={}")
-MLP = ("--model.discriminator=mlp", '--model.discriminator_args={"sizes": [40, 20]}')
 CONSISTENCY = ("--loss.consistency=1", "--teacher_augment.translate=1")
 
 
@@ -44,11 +26,11 @@ CONSISTENCY = ("--loss.consistency=1", "--teacher_augment.translate=1")
         (4, "digits", ()),
         (2, "windowed", CONSISTENCY),
         (1, "digits", OWN),
-        (2, "digits", BOOK),
+        (2, "digits", TUTORIAL),
         (2, "digits", MLP),
         pytest.param(1, "windowed", (), marks=pytest.mark.slow),
         pytest.param(4, "windowed", (), marks=pytest.mark.slow),
-        pytest.param(4, "digits", BOOK, marks=pytest.mark.slow),
+        pytest.param(4, "digits", TUTORIAL, marks=pytest.mark.slow),
         pytest.param(4, "digits", CONSISTENCY, marks=pytest.mark.slow),
     ],
 )
@@ -61,10 +43,11 @@ def test_ten_steps_equal_five_and_five(
 ) -> None:
     root = request.getfixturevalue(dataset)
     options = (*OPTIONS, *options)
-    run_ranks(world_size, train, small_config(root, tmp_path / "a", *options, "--train.steps=10"))
+    straight_config = small_config(root, tmp_path / "a", *options, "--train.steps=10")
+    run_ranks(world_size, train_rank, straight_config)
     for steps in (5, 10):
         config = small_config(root, tmp_path / "b", *options, f"--train.steps={steps}")
-        run_ranks(world_size, train, config)
+        run_ranks(world_size, train_rank, config)
     straight, resumed = summary(tmp_path / "a"), summary(tmp_path / "b")
     assert straight["weights_sha256"] == resumed["weights_sha256"]
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")

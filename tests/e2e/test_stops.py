@@ -1,21 +1,23 @@
-"""Runs that a batch system ends, and runs that hang: what they leave, and how they go on."""
+"""Runs that a batch system ends, and runs that hang: what they leave, and how they are resumed."""
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from sgan_dist import checkpoint
-from tests.e2e.test_train import TWO_RANKS, command, wait_for_step
+from tests.commands import ON_CPU, TWO_RANKS, starts, summary, training, wait_for_step
 from tests.ranks import REPOSITORY, launch, run
+
+pytestmark = pytest.mark.process
 
 HANGS = (
     "--model.discriminator=tests.own_models:HangsAtTheFirstStart",
@@ -24,21 +26,20 @@ HANGS = (
 
 
 def test_stacks_of_all_ranks_are_shown_and_a_hang_ends(digits: Path, tmp_path: Path) -> None:
-    arguments = command(digits, tmp_path, *HANGS, "--train.timeout=5")
-    code, output = run(*TWO_RANKS, *arguments, PYTHONPATH=".", ACCELERATE_USE_CPU="true")
+    arguments = training(digits, tmp_path, *HANGS, "--machine.step_timeout=5")
+    code, output = run(*TWO_RANKS, *arguments, **ON_CPU)
     assert code != 0
     for rank in (0, 1):
         assert len(re.findall(f"rank {rank} hangs: 5 s without a step since step", output)) == 1
     assert "in wait_for_nothing" in output  # where rank 1 is
-    assert "in agree" in output or "all_reduce" in output  # and rank 0, which waits for it
+    assert "in synchronize" in output or "all_reduce" in output  # and rank 0, which waits for it
     assert not (tmp_path / "FAILED").exists()
 
 
 @pytest.mark.slow
 def test_a_suspended_rank_ends_the_run_too(digits: Path, tmp_path: Path) -> None:
-    arguments = command(digits, tmp_path, "--train.timeout=4", "--train.steps=100000")
-    stops_soon = {"ACCELERATE_USE_CPU": "true", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
-    process = launch(*TWO_RANKS, *arguments, **stops_soon)
+    arguments = training(digits, tmp_path, "--machine.step_timeout=4", "--train.steps=100000")
+    process = launch(*TWO_RANKS, *arguments, **ON_CPU, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
     wait_for_step(process, tmp_path, 20)
     workers = [
         child
@@ -52,8 +53,8 @@ def test_a_suspended_rank_ends_the_run_too(digits: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_run_ends_before_its_job_does_and_goes_on(digits: Path, tmp_path: Path) -> None:
-    arguments = command(digits, tmp_path, "--checkpoint.every=100000", "--optim.decay=0")
+def test_a_run_ends_before_its_job_does_and_is_resumed(digits: Path, tmp_path: Path) -> None:
+    arguments = training(digits, tmp_path, "--checkpoint.every=100000", "--optim.decay=0")
     ends = time.time() + 50
     code, output = run("python", *arguments, "--train.steps=100000", SLURM_JOB_END_TIME=str(ends))
     assert code == 75 and time.time() < ends, output
@@ -64,18 +65,16 @@ def test_a_run_ends_before_its_job_does_and_goes_on(digits: Path, tmp_path: Path
     # 10 steps of another job, without a time limit
     code, output = run("python", *arguments, f"--train.steps={step + 10}")
     assert code == 0 and f"resuming after step {step}" in output, output
-    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
-    assert [start["step"] for start in starts] == [0, step]
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["restarts"] == 1 and summary["step"] == step + 10
+    assert [start["step"] for start in starts(tmp_path)] == [0, step]
+    assert summary(tmp_path)["restarts"] == 1 and summary(tmp_path)["step"] == step + 10
 
 
 def test_slow_saves_begin_early() -> None:
     program = """
-from sgan_dist import preemption
+from sgan_dist.run import stopping
 for save_seconds in (0, 20, 60):
-    preemption.reckon_with(save_seconds)
-    print(preemption.stop_requested())
+    stopping.set_save_time(save_seconds)
+    print(stopping.stop_requested())
 """
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -84,24 +83,24 @@ for save_seconds in (0, 20, 60):
         capture_output=True,
         text=True,
     )
-    assert done.stdout == "None\nNone\nthe end of the job's time\n", done.stderr
+    assert done.stdout == "None\nNone\nthe job's time limit\n", done.stderr
 
 
 def test_a_batch_scripts_file_stops_a_run_without_alarm(digits: Path, tmp_path: Path) -> None:
     notice, outcome = tmp_path / "notice", tmp_path / "outcome"
-    files = {"SGAN_PREEMPTED": str(notice), "SGAN_OUTCOME": str(outcome)}
-    arguments = command(digits, tmp_path / "run")
+    files: dict[str, Any] = {"SGAN_PREEMPTED": str(notice), "SGAN_OUTCOME": str(outcome)}
+    arguments = training(digits, tmp_path / "run")
     process = launch("accelerate", "launch", *arguments, **files)
     wait_for_step(process, tmp_path / "run", 20)
     notice.touch()
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "by the batch system; the same command goes on" in output
+    assert process.returncode == 0 and "by the batch system; the same command resumes" in output
     assert outcome.read_text() == "preempted\n" and not (tmp_path / "run" / "DONE").exists()
     notice.unlink()
     code, output = run("accelerate", "launch", *arguments, **files)
     assert code == 0 and "resuming after step" in output
     assert outcome.read_text() == "done\n" and (tmp_path / "run" / "DONE").exists()
-    # of a run that is done nothing is spoiled by a wrong start, and the batch script hears of it
+    # a wrong start leaves a run that is done as it is, and the batch script reads why
     code, output = run("accelerate", "launch", *arguments, "--optim.lr=1e-9", **files)
     assert code != 0 and outcome.read_text().startswith("failed: ")
     assert "optim.lr was 0.002 and is now 1e-09" in outcome.read_text()
@@ -114,29 +113,22 @@ def test_stop_counts_before_the_start_and_before_other_reasons(
     directory, outcome = tmp_path / "run", tmp_path / "outcome"
     directory.mkdir()
     (directory / "STOP").touch()
-    told = {"SGAN_OUTCOME": str(outcome), "SLURM_JOB_END_TIME": str(time.time())}
-    code, output = run("python", *command(digits, directory), **told)
-    assert code == 0 and "stopped after 0 of 150 steps by a file STOP" in output
+    variables: dict[str, Any] = {
+        "SGAN_OUTCOME": str(outcome),
+        "SLURM_JOB_END_TIME": str(time.time()),
+    }
+    code, output = run("python", *training(digits, directory), **variables)
+    assert code == 0 and "stopped after 0 of 150 steps by a STOP file" in output
     assert outcome.read_text() == "stopped\n" and not (directory / "STOP").exists()
-    code, output = run("python", *command(digits, directory), **told)
-    assert code == 0 and "by the end of the job's time" in output
+    code, output = run("python", *training(digits, directory), **variables)
+    assert code == 0 and "by the job's time limit" in output
     assert outcome.read_text() == "preempted\n"
 
 
-def test_stop_is_heeded_in_the_baseline(digits: Path, tmp_path: Path) -> None:
-    arguments = command(digits, tmp_path, "--train.steps=10", "--train.baseline_steps=100000")
-    process = launch("python", *arguments)
-    wait_for_step(process, tmp_path / "supervised", 20)
-    (tmp_path / "STOP").touch()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "of 100000 steps by a file STOP" in output
-    assert not (tmp_path / "STOP").exists() and not (tmp_path / "DONE").exists()
-
-
-def test_a_slow_step_is_told_of_and_survived_and_a_hang_is_still_found() -> None:
+def test_a_slow_step_is_reported_and_survived_and_a_hang_is_still_found() -> None:
     program = """
 import time
-from sgan_dist.watchdog import Watchdog
+from sgan_dist.run.watchdog import Watchdog
 def slow(): time.sleep(3)
 def hangs(): time.sleep(60)
 try:
@@ -150,7 +142,7 @@ with Watchdog(1) as watchdog:
     slow()
     watchdog.step_done(3)
 time.sleep(2)
-print("here", flush=True)
+print("the loops have ended", flush=True)
 with Watchdog(1) as watchdog:
     watchdog.step_done(4)
     hangs()
@@ -158,6 +150,6 @@ with Watchdog(1) as watchdog:
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True
     )
-    assert done.returncode == -signal.SIGALRM and done.stdout == "here\n"
+    assert done.returncode == -signal.SIGALRM and done.stdout == "the loops have ended\n"
     assert re.findall(r"since step (\d)", done.stderr) == ["2", "4"]
     assert done.stderr.count("in slow") == 1 and "in hangs" in done.stderr

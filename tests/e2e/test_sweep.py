@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,21 +14,23 @@ from typing import Any
 import pytest
 import yaml
 
-from sgan_dist.collect import collect
 from sgan_dist.config import load
+from sgan_dist.evaluation.compare import compare
 from tests.ranks import REPOSITORY, environment
 from tests.wandb_server import WandbServer
 
-# What SLURM brings; tests/slurm has the real one.
+pytestmark = pytest.mark.process
+
+# In place of SLURM's; tests/slurm has the real one.
 SRUN = '#!/bin/bash\nwhile [[ $1 = --* ]]; do shift; done\nexec "$@"\n'
-TRAIN = f'echo "$@" >> starts\nexec python {REPOSITORY}/launch/train.py --config "$@"\n'
+TRAIN = 'echo "$@" >> starts\nexec python -m sgan_dist train --config "$@"\n'
 
 
 class SweepServer(WandbServer):
-    """Has one run of the sweep in launch/sweep.yaml to hand out."""
+    """Hands out one run of the sweep in launch/sweep.yaml."""
 
     def __init__(self) -> None:
-        self.left = [{"seed": 3, "data.labels_per_class": 2, "loss.fake": 0.25}]
+        self.runs = [{"seed": 3, "data.labels_per_class": 2, "loss.fake": 0.25}]
         self.starts: list[tuple[str, int]] = []  # sweep, and labels a class by the run's config
         super().__init__()
 
@@ -40,8 +43,8 @@ class SweepServer(WandbServer):
             return {"createAgent": {"agent": {"id": "agent"}}}
         if "Heartbeat" in query:
             commands: list[dict[str, Any]] = [{"type": "exit"}]
-            if self.left:
-                args = {key: {"value": value} for key, value in self.left.pop().items()}
+            if self.runs:
+                args = {key: {"value": value} for key, value in self.runs.pop().items()}
                 commands = [{"type": "run", "run_id": "handed1", "program": "", "args": args}]
             return {"agentHeartbeat": {"agent": {"id": "a"}, "commands": json.dumps(commands)}}
         if "UpsertBucket" in query and variables["displayName"]:
@@ -91,9 +94,10 @@ def small(project: Path) -> str:
     """A config file of a run of a few steps that prepares its dataset."""
     settings = {
         "name": "digits",
-        "data": {"source": "digits", "labeled_batch": 8, "unlabeled_batch": 16},
+        "data": {"source": "digits"},
+        "batch": {"labeled": 8, "unlabeled": 16, "fake": 8},
         "model": {"discriminator_args": {"width": 4}, "generator_args": {"width": 4}},
-        "train": {"steps": 20, "fake_batch": 8, "log_every": 10},
+        "train": {"steps": 20, "log_every": 10},
     }
     (project / "digits.yaml").write_text(yaml.safe_dump(settings))
     return "digits.yaml"
@@ -128,13 +132,13 @@ def test_the_grid_has_a_run_a_point_with_labels_slowest(project: Path) -> None:
     assert "--run_dir=runs/short-sweep/labels-2-seed-0" in starts(project)[-1]
 
 
-def test_slurm_is_told_what_training_needs() -> None:
-    def told(name: str) -> set[str]:
+def test_both_scripts_ask_slurm_for_the_same() -> None:
+    def options(name: str) -> set[str]:
         lines = (REPOSITORY / "launch" / name).read_text().splitlines()
-        options = {line.split()[1] for line in lines if line.startswith("#SBATCH ")}
-        return {o for o in options if not o.startswith(("--job-name=", "--output="))}
+        words = {line.split()[1] for line in lines if line.startswith("#SBATCH ")}
+        return {word for word in words if not word.startswith(("--job-name=", "--output="))}
 
-    assert told("sweep.sbatch") == told("train.sbatch")
+    assert options("sweep.sbatch") == options("train.sbatch")
 
 
 def test_a_point_of_the_grid_trains(project: Path) -> None:
@@ -145,36 +149,36 @@ def test_a_point_of_the_grid_trains(project: Path) -> None:
     assert summary["labels"] == 20
     assert summary["seed"] == summary["label_seed"] == 5
     assert (project / "data" / "digits-labels-2-draw-5" / "index.json").exists()
-    said = collect([project / "runs"], ["labels", "seed"], None)
-    assert f"| 20 | 5 | 1 | {100 * summary['test_error']:.2f} % | 20 |" in said
+    table = re.sub(" +", " ", compare([project / "runs"], ["labels", "seed"], None))
+    assert f"| 20 | 5 | 1 | {100 * summary['test_error']:.2f} % | 20 |" in table
 
 
-def test_what_can_not_be_swept_is_one_sentence(project: Path) -> None:
+def test_what_cannot_be_swept_is_one_sentence(project: Path) -> None:
     grid = {"LABELS": "2 5", "SEEDS": "0 1"}
     wrong: list[tuple[int | None, list[str], dict[str, str], str]] = [
-        (4, ["x.yaml"], grid, "the sweep has 4 points and no number 4: give --array=0-3"),
-        (0, ["x.yaml"], {"LABELS": "2"}, "say what to sweep"),
+        (4, ["x.yaml"], grid, "the sweep has 4 points, and no number 4: give --array=0-3"),
+        (0, ["x.yaml"], {"LABELS": "2"}, "nothing to sweep: give LABELS"),
         (0, [], grid, "usage: sbatch"),
-        (None, ["x.yaml"], grid, "give sbatch --array=FIRST-LAST"),
+        (None, ["x.yaml"], grid, "not a job array: give sbatch --array=FIRST-LAST"),
     ]
-    for task, arguments, variables, said in wrong:
+    for task, arguments, variables, message in wrong:
         code, output = submit(project, task, *arguments, **variables)
-        assert code == 2 and said in output and output.count("\n") == 1, output
+        assert code == 2 and message in output and output.count("\n") == 1, output
     (project / "launch" / "train.sbatch").unlink()
     assert submit(project, 0, "x.yaml", **grid)[0] == 2
     assert not (project / "starts").exists()
 
 
-def test_a_wandb_sweep_hands_out_a_run_that_a_requeue_goes_on_with(
+def test_a_wandb_sweep_hands_out_a_run_that_a_requeue_resumes(
     project: Path, server: SweepServer
 ) -> None:
     online, config = sweeping(project, server), small(project)
     code, output = submit(project, 1, config, **online)
     assert code == 0, output
     run = project / "runs" / "digits-sweep" / "handed1"
-    found = load(run / "config.yaml")
-    assert (found.seed, found.data.labels_per_class, found.loss.fake) == (3, 2, 0.25)
-    assert found.name == "digits-handed1" and (run / "DONE").exists()
+    settings = load(run / "config.yaml")
+    assert (settings.seed, settings.data.labels_per_class, settings.loss.fake) == (3, 2, 0.25)
+    assert settings.name == "digits-handed1" and (run / "DONE").exists()
     assert (run / "wandb_id").read_text() == "handed1"
 
     code, output = submit(project, 1, config, "--train.steps=40", "--optim.decay=0.33", **online)
@@ -183,15 +187,15 @@ def test_a_wandb_sweep_hands_out_a_run_that_a_requeue_goes_on_with(
     assert json.loads((run / "summary.json").read_text())["step"] == 40
     assert set(server.run_ids) == {"handed1"} and server.starts == [("s1", 2)] * 2
     assert [line["_step"] for line in server.history if "d/fake" in line] == [10, 20, 30, 40]
-    kept = "".join(path.read_text() for path in run.parent.glob(".points/7-*"))
-    assert "handed1" in kept and "API_KEY" not in kept
+    points = "".join(path.read_text() for path in run.parent.glob(".points/7-*"))
+    assert "handed1" in points and "API_KEY" not in points
 
     code, output = submit(project, 2, config, **online)
     assert code == 0 and "the sweep me/sgan_dist/s1 has no run left" in output, output
 
 
 @pytest.mark.slow
-def test_a_wandb_that_hands_out_nothing_is_said(project: Path, server: SweepServer) -> None:
+def test_a_wandb_that_hands_out_nothing_is_reported(project: Path, server: SweepServer) -> None:
     server.broken = True
     code, output = submit(project, 1, "configs/mnist.yaml", **sweeping(project, server))
     assert code == 2 and "W&B handed out no run of me/sgan_dist/s1" in output, output

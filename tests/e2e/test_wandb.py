@@ -1,16 +1,19 @@
-"""W&B in real runs: offline without a key, online with one id over resumes, an outage in between."""
+"""W&B in real runs: offline without a key, one online run over resumes, and failures in between."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.e2e.test_train import command, wait_for_step
+from tests.commands import training, wait_for_step
 from tests.ranks import launch, run
 from tests.wandb_server import WandbServer
+
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture
@@ -20,14 +23,14 @@ def server() -> Iterator[WandbServer]:
     server.close()
 
 
-def online(server: WandbServer) -> dict[str, str]:
+def online(server: WandbServer) -> dict[str, Any]:
     return {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
 
 
 def test_without_a_key_it_is_offline(digits: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    arguments = command(digits, tmp_path / "run", "--train.steps=20")
+    arguments = training(digits, tmp_path / "run", "--train.steps=20")
     code, output = run("python", *arguments, WANDB_MODE=None, HOME=str(home))
     assert code == 0, output
     written = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
@@ -41,7 +44,7 @@ def test_without_a_key_it_is_offline(digits: Path, tmp_path: Path) -> None:
 
 def test_one_run_over_resumes(digits: Path, tmp_path: Path, server: WandbServer) -> None:
     for steps in (20, 40):
-        arguments = command(digits, tmp_path, f"--train.steps={steps}", "--optim.decay=0")
+        arguments = training(digits, tmp_path, f"--train.steps={steps}", "--optim.decay=0")
         code, output = run("python", *arguments, **online(server))
         assert code == 0, output
     assert set(server.run_ids) == {(tmp_path / "wandb_id").read_text()}
@@ -50,11 +53,11 @@ def test_one_run_over_resumes(digits: Path, tmp_path: Path, server: WandbServer)
 
 
 def test_an_alert_reaches_the_run(digits: Path, tmp_path: Path, server: WandbServer) -> None:
-    arguments = command(digits, tmp_path / "run", "--train.steps=20")
+    arguments = training(digits, tmp_path / "run", "--train.steps=20")
     assert run("python", *arguments, **online(server))[0] == 0
-    alert = ("python", "launch/alert.py", str(tmp_path / "run"), "two requeues made no checkpoint")
+    alert = ("sgan-dist", "alert", str(tmp_path / "run"), "two requeues made no checkpoint")
     code, output = run(*alert, **online(server))
-    assert code == 0 and "the run itself is done" in output and not server.alerts, output
+    assert code == 0 and "the run is done" in output and not server.alerts, output
     (tmp_path / "run" / "DONE").unlink()
     code, output = run(*alert, **online(server))
     assert code == 0 and "ALERT" in output and "not sent" not in output, output
@@ -68,22 +71,22 @@ def test_an_alert_reaches_the_run(digits: Path, tmp_path: Path, server: WandbSer
 def test_an_outage_does_not_stop_training(
     digits: Path, tmp_path: Path, server: WandbServer
 ) -> None:
-    process = launch("python", *command(digits, tmp_path), **online(server))
+    process = launch("python", *training(digits, tmp_path), **online(server))
     wait_for_step(process, tmp_path, 20)
     server.broken = True
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    assert [line["step"] for line in found if "d/fake" in line] == list(range(10, 151, 10))
+    logged = [json.loads(line) for line in lines]
+    assert [line["step"] for line in logged if "d/fake" in line] == list(range(10, 151, 10))
 
 
 @pytest.mark.slow
-def test_an_unreachable_server_is_said_and_passed_by(
+def test_with_an_unreachable_server_it_is_offline(
     digits: Path, tmp_path: Path, server: WandbServer
 ) -> None:
     server.broken = True
-    arguments = command(digits, tmp_path, "--train.steps=20")
+    arguments = training(digits, tmp_path, "--train.steps=20")
     code, output = run("python", *arguments, **online(server))
     assert code == 0 and "W&B could not start online" in output, output
     assert list((tmp_path / "wandb").glob("offline-run-*")), output

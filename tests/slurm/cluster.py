@@ -1,7 +1,7 @@
-"""A real SLURM cluster on this machine: munged, slurmctld and a slurmd a node, without systemd.
+"""A real SLURM cluster on this machine: munged, slurmctld and one slurmd per node, without systemd.
 
-Every slurmd lives in mount and UTS namespaces of its own: its jobs see a host named n1, n2, ... with
-an address of its own, and every process of a node, reparented or not, is found by its namespace.
+Every slurmd has mount and UTS namespaces of its own: its jobs see a host named n1, n2, ... with an
+address of its own, and each process of a node, reparented or not, is found by its namespace.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SERVICES = ("slurmctld", "munged")
 FREEZER = Path("/sys/fs/cgroup/freezer")
 JOBS = 1000  # a cluster's job ids: from the first one, at most that many
 
-# The node's name, its /etc/hosts and its gres.conf's directory; nothing of it is seen outside.
+# Sets the node's name and /etc/hosts, which nothing outside its namespaces sees, and runs slurmd.
 NODE = 'hostname "$1"; mount --bind "$2" /etc/hosts; exec "$3" -D -f "$4" -N "$1"'
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
@@ -68,7 +68,7 @@ MessageTimeout=5
 KillWait=5
 InactiveLimit=0
 CompleteWait=0
-MinJobAge=600
+MinJobAge=7200
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -83,40 +83,42 @@ PartitionName=urgent PriorityTier=10 PreemptMode=OFF
 
 
 def unavailable() -> str | None:
-    """Why no cluster can be started here, and what would help; None if one can."""
+    """Why no cluster can be started on this machine, and the fix; None if one can."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     if absent:
         return f"SLURM's tests need {', '.join(absent)}: {INSTALL}"
     if os.geteuid() != 0:
         return "SLURM's tests need root: slurmd starts jobs, and its nodes are mount namespaces"
-    tried = subprocess.run(
+    done = subprocess.run(
         ["unshare", "--mount", "--uts", "true"], capture_output=True, text=True, check=False
     )
-    if tried.returncode:
-        return f"SLURM's tests need mount and UTS namespaces: {tried.stderr.strip()}"
+    if done.returncode:
+        return f"SLURM's tests need mount and UTS namespaces: {done.stderr.strip()}"
     return None
 
 
 class Cluster:
     """A cluster of nodes n1, n2, ..., each with 4 CPUs and two GPUs, copies of /dev/null.
 
-    Everything lies below `directory`, whose path must be short (unix sockets) and which any user may
-    enter (munged insists). Jobs run in `directory`/jobs unless told otherwise.
+    Its files are in `directory`, whose path must be short (unix sockets), and which any user may enter
+    (munged checks it). Jobs run in `directory`/jobs unless `cwd` is given.
     """
 
     def __init__(self, directory: Path, nodes: int = 2) -> None:
         self.directory = directory
         self.jobs = directory / "jobs"
         self.nodes = [f"n{i}" for i in range(1, nodes + 1)]
-        # Unlike any other cluster's on this machine: the freezer cgroups are named by node and job.
+        # Other ids than those of any cluster on this machine: cgroups are named by node and job.
         self.first_job = JOBS * random.randrange(1, 60_000)
-        self.cgroups = os.access(FREEZER, os.W_OK)  # whether steps are tracked by them
+        self.cgroups = os.access(FREEZER, os.W_OK)  # whether SLURM tracks steps by cgroups
         self.addresses = {
             node: f"127.{self.first_job // JOBS % 250 + 1}.0.{i}"
             for i, node in enumerate(self.nodes, 1)
         }
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self._namespaces: dict[str, int] = {}  # open files, so that no number is given out again
+        self._namespaces: dict[
+            str, int
+        ] = {}  # open files, so that the kernel reuses no inode number
 
     def start(self) -> None:
         """Starts the daemons and waits until every node is idle."""
@@ -148,7 +150,7 @@ class Cluster:
     def stop(self) -> None:
         """Cancels the jobs, ends the daemons, and leaves no process and no cgroup behind."""
         if "slurmctld" in self._daemons:
-            with contextlib.suppress(AssertionError):  # what is left is killed below
+            with contextlib.suppress(AssertionError):  # processes still running are killed below
                 self._wait("cancelled jobs", self._cancel_all, timeout=30, pause=0.2)
         for name in [*self.nodes, *SERVICES]:
             self._stop_daemon(name)
@@ -216,7 +218,7 @@ class Cluster:
         deadline = time.monotonic() + timeout
         while (job := self.job(number))["JobState"] not in states:
             if job["JobState"] in ENDED or time.monotonic() > deadline:
-                self._complain(job, f"never got to {' or '.join(states)}")
+                self._fail(job, f"never got to {' or '.join(states)}")
             time.sleep(0.1)
         return job
 
@@ -226,9 +228,9 @@ class Cluster:
         while text not in (log := self.log(number)):
             job = self.job(number)
             if job["JobState"] in ENDED and text not in self.log(number):
-                self._complain(job, f"never printed {text!r}")
+                self._fail(job, f"never printed {text!r}")
             if time.monotonic() > deadline:
-                self._complain(job, f"did not print {text!r} within {timeout} s")
+                self._fail(job, f"did not print {text!r} within {timeout} s")
             time.sleep(0.1)
         return log
 
@@ -236,29 +238,29 @@ class Cluster:
         self.run("scancel", str(number))
 
     def node_state(self, name: str) -> str:
-        """As sinfo has it: idle, mixed, allocated, down, ...; a `*` behind it: does not answer."""
+        """The state in sinfo: idle, mixed, allocated, down, ...; with a `*` if it does not answer."""
         return self.run("sinfo", "-h", "-N", "-p", "test", "-n", name, "-o", "%T").strip()
 
     def wait_for_node(self, name: str, *states: str, timeout: float = 60) -> None:
-        """Waits until the node is in one of the states, given without `*` for one that answers."""
+        """Waits until the node is in one of the states."""
         self._wait(
             f"{name} {' or '.join(states)}", lambda: self.node_state(name) in states, timeout
         )
 
     def node_processes(self, name: str) -> list[psutil.Process]:
-        """Every process of a node: its slurmd, the slurmstepds, and all that the jobs started."""
+        """Every process of a node: its slurmd, the slurmstepds, and those of the jobs."""
         if name not in self._namespaces:
             return []
         namespace = os.fstat(self._namespaces[name]).st_ino
-        found = []
+        processes = []
         for process in psutil.process_iter():
             with contextlib.suppress(OSError):
                 if Path(f"/proc/{process.pid}/ns/uts").stat().st_ino == namespace:
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
     def kill_node(self, name: str) -> None:
-        """The node is gone at once, as if its power had failed."""
+        """Kills all processes of a node, as if its power had failed."""
         deadline = time.monotonic() + 30
         while members := self.node_processes(name):
             for process in members:
@@ -275,16 +277,16 @@ class Cluster:
             os.close(self._namespaces.pop(name))
 
     def start_node(self, name: str) -> None:
-        """Boots a node anew; it is ready once `wait_for_node(name, "idle")` returns."""
+        """Boots a node; it is ready once `wait_for_node(name, "idle")` returns."""
         self.kill_node(name)
         (self.directory / f"spool.{name}").mkdir(exist_ok=True)
         hosts, slurmd = str(self.directory / "hosts"), shutil.which("slurmd", path=PATH)
         configuration = f"{self.directory}/slurm.conf"
         program = ["sh", "-ec", NODE, "sh", name, hosts, str(slurmd), configuration]
         process = self._start_daemon(name, ["unshare", "--mount", "--uts", *program])
-        ours = Path("/proc/self/ns/uts").stat().st_ino
+        outside = Path("/proc/self/ns/uts").stat().st_ino
         namespace = Path(f"/proc/{process.pid}/ns/uts")
-        self._wait(f"{name}'s namespace", lambda: namespace.stat().st_ino != ours)
+        self._wait(f"{name}'s namespace", lambda: namespace.stat().st_ino != outside)
         self._namespaces[name] = os.open(namespace, os.O_RDONLY)
 
     def _configure(self) -> None:
@@ -317,7 +319,7 @@ class Cluster:
         )
 
     def _start_daemon(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
-        """Starts a daemon, which ends with us even if we are killed."""
+        """Starts a daemon, which ends with this process, even if that is killed."""
         with open(self.directory / "log" / f"{name}.out", "ab") as out:
             process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "TERM", "--", *command],
@@ -343,33 +345,33 @@ class Cluster:
             process.wait()
 
     def _cancel_all(self) -> bool:
-        """Cancels whatever is left, also what was requeued meanwhile; whether nothing was."""
-        left = self.run("squeue", "-h", "-o", "%A").split()
-        if left:
-            self.run("scancel", "--quiet", *left)
-        return not left
+        """Cancels all jobs, requeued ones included; returns whether there was none."""
+        jobs = self.run("squeue", "-h", "-o", "%A").split()
+        if jobs:
+            self.run("scancel", "--quiet", *jobs)
+        return not jobs
 
     def _clients(self) -> list[psutil.Process]:
-        """What talks to this cluster or came from it, but for this process and its ancestors."""
-        mine = f"SLURM_CONF={self.directory}/slurm.conf".encode()
-        spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-        found = []
+        """All processes of this cluster's commands and jobs, but for this one and its ancestors."""
+        variable = f"SLURM_CONF={self.directory}/slurm.conf".encode()
+        ancestors = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+        processes = []
         for process in psutil.process_iter():
             with contextlib.suppress(OSError):
                 variables = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
-                if mine in variables and process.pid not in spared:
-                    found.append(process)
-        return found
+                if variable in variables and process.pid not in ancestors:
+                    processes.append(process)
+        return processes
 
     def _remove_cgroups(self) -> None:
-        """Removes the freezer's directories of this cluster's jobs, then what is empty above."""
+        """Removes the freezer cgroups of this cluster's jobs, then empty ones above them."""
         for node in self.nodes:
             root = FREEZER / f"slurm_{node}"
             span = range(self.first_job, self.first_job + JOBS)
-            ours = [p for p in root.glob("uid_*/job_*") if int(p.name.split("_")[1]) in span]
-            below = [path for job in ours for path in job.glob("**/*") if path.is_dir()]
-            for path in [*reversed(below), *ours, *root.glob("uid_*"), root]:
-                with contextlib.suppress(OSError):  # gone, or another cluster's
+            jobs = [p for p in root.glob("uid_*/job_*") if int(p.name.split("_")[1]) in span]
+            below = [path for job in jobs for path in job.glob("**/*") if path.is_dir()]
+            for path in [*reversed(below), *jobs, *root.glob("uid_*"), root]:
+                with contextlib.suppress(OSError):  # removed, or of another cluster
                     path.rmdir()
 
     def _wait(
@@ -381,11 +383,11 @@ class Cluster:
             ended = {name: code for name, code in codes.items() if code is not None}
             if ended or time.monotonic() > deadline:
                 logs = sorted((self.directory / "log").iterdir())
-                said = f"ended: {ended}" if ended else f"waited {timeout} s"
-                raise AssertionError("\n".join([f"no {what} ({said})", *map(_tail, logs)]))
+                reason = f"ended: {ended}" if ended else f"waited {timeout} s"
+                raise AssertionError("\n".join([f"no {what} ({reason})", *map(_tail, logs)]))
             time.sleep(pause)
 
-    def _complain(self, job: dict[str, str], what: str) -> None:
+    def _fail(self, job: dict[str, str], what: str) -> None:
         facts = {k: job.get(k) for k in ("JobState", "Reason", "ExitCode", "Restarts", "NodeList")}
         tail = _tail(Path(job.get("StdOut", "")))
         raise AssertionError(f"job {job['JobId']} {what}: {facts}\n{tail}")

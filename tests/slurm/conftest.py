@@ -13,25 +13,25 @@ import pytest
 from tests.slurm.cluster import Cluster, unavailable
 from tests.slurm.training import Training, write_config
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if HERE in item.path.parents:
+        if FOLDER in item.path.parents:
             item.add_marker(pytest.mark.slurm)
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes, n1 and n2. Where SLURM isn't, the tests are skipped, but not in CI."""
+    """Two nodes, n1 and n2. Without SLURM the tests are skipped; in CI they fail."""
     reason = unavailable()
     if reason and os.environ.get("CI"):
         pytest.fail(reason)
     if reason:
         print(reason)
         pytest.skip(reason)
-    directory = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: sockets live there
+    directory = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short, for sockets
     directory.chmod(0o755)
     cluster = Cluster(directory)
     try:
@@ -44,7 +44,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def config(windowed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config file of a small run, on shards that are streamed."""
+    """The config file of a small run, on shards in windowed order."""
     return write_config(tmp_path_factory.mktemp("configs") / "small.yaml", windowed)
 
 

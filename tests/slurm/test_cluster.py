@@ -1,4 +1,4 @@
-"""What the launch template relies on, measured: signals, requeue, a lost node, preemption."""
+"""What launch/train.sbatch relies on, measured: signals, requeue, a lost node, preemption."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def test_job_on_two_nodes(cluster: Cluster) -> None:
     assert sorted(cluster.log(number).splitlines()) == expected
 
 
-def test_two_nodes_are_apart(cluster: Cluster) -> None:
-    """A node's processes are found though they left their session and lost their parent."""
+def test_two_nodes_are_separate(cluster: Cluster) -> None:
+    """The processes of a node are found, also those that left their session and lost their parent."""
     script = """#!/bin/bash
     srun bash -c 'setsid sleep 321 & echo ready; wait'
     """
@@ -42,7 +42,7 @@ def test_two_nodes_are_apart(cluster: Cluster) -> None:
 
 @pytest.fixture(scope="module")
 def warned(cluster: Cluster) -> int:
-    """A job on n1, submitted ahead: SLURM looks at time limits every 30 s only."""
+    """A job on n1, submitted ahead: SLURM checks time limits only every 30 s."""
     script = """#!/bin/bash
     echo "start ${SLURM_RESTART_COUNT:-0}"
     [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
@@ -51,7 +51,7 @@ def warned(cluster: Cluster) -> int:
     wait
     wait
     """
-    warning = ("--time=1", "--signal=B:USR1@60")  # at once, if SLURM looked at once
+    warning = ("--time=1", "--signal=B:USR1@60")  # at the next check
     return cluster.submit("--nodelist=n1", "--open-mode=append", *warning, script=script)
 
 
@@ -85,14 +85,14 @@ def test_warned_job_requeues_itself(cluster: Cluster, warned: int) -> None:
 
 
 def test_preemption(cluster: Cluster) -> None:
-    """The tasks are told at once and alone; a job that ends in its grace must requeue itself."""
+    """Only the tasks get TERM, at once; a job that ends in its grace time must requeue itself."""
     script = """#!/bin/bash
     echo "start ${SLURM_RESTART_COUNT:-0}"
     [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
-    trap 'echo batch told' TERM
-    child='trap "echo child told" TERM; echo ready; sleep 100 & wait'
+    trap 'echo batch signaled' TERM
+    child='trap "echo child signaled" TERM; echo ready; sleep 100 & wait'
     export child
-    srun bash -c 'trap "echo task told; exit 3" TERM; bash -c "$child" & wait' &
+    srun bash -c 'trap "echo task signaled; exit 3" TERM; bash -c "$child" & wait' &
     wait $!
     echo "srun exit $?"
     scontrol requeue $SLURM_JOB_ID
@@ -105,16 +105,16 @@ def test_preemption(cluster: Cluster) -> None:
     )
     cluster.wait_for_log(number, "srun exit")
     before = cluster.log(number).splitlines()
-    assert before.count("task told") == 2
-    assert "batch told" not in before
+    assert before.count("task signaled") == 2
+    assert "batch signaled" not in before
     assert "srun exit 3" in before
     if cluster.cgroups:
-        assert "child told" not in before
+        assert "child signaled" not in before
     cluster.wait_for(urgent, "COMPLETED")
     assert cluster.wait_for(number, "COMPLETED")["Restarts"] == "1"
 
 
-def test_job_that_ends_in_its_grace_is_not_requeued(cluster: Cluster) -> None:
+def test_job_that_ends_in_its_grace_time_is_not_requeued(cluster: Cluster) -> None:
     script = """#!/bin/bash
     srun bash -c 'trap "exit 0" TERM; echo ready; sleep 100 & wait'
     """

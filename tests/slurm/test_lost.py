@@ -1,4 +1,4 @@
-"""launch/train.sbatch when something is taken away: a process, a node, or all of it by others."""
+"""launch/train.sbatch when it loses a process, a node, or both nodes to another job."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.e2e.test_train import metrics, summary
+from tests.commands import metrics, summary
 from tests.slurm.cluster import Cluster
 from tests.slurm.training import LONG, ONE_NODE, STEPS, Training, check_same
 
 
 def kill_worker(run: Training) -> None:
-    (worker,) = run.processes("n1", "train.py", "-u")
+    (worker,) = run.processes("n1", "sgan_dist", "train", "-u")
     worker.send_signal(signal.SIGKILL)
 
 
 def kill_launcher(run: Training) -> None:
-    (launcher,) = run.processes("n2", "train.py", "accelerate")
+    (launcher,) = run.processes("n2", "sgan_dist", "train", "accelerate")
     launcher.send_signal(signal.SIGKILL)
 
 
 def kill_node(run: Training) -> None:
-    """It is back at once, so that SLURM itself notices nothing."""
+    """The node is back at once, so that SLURM itself notices nothing."""
     run.cluster.kill_node("n2")
     run.cluster.start_node("n2")
 
@@ -42,16 +42,16 @@ def test_what_is_killed_comes_back(
     run.wait_for_step(50)
     kill(run)
     assert run.finish() >= 1
-    # from a checkpoint; a dead launcher's processes save once more, if they are in time
+    # from a checkpoint; the workers of a dead launcher save once more, if they are in time
     assert run.check_interrupted() % 20 == 0 or kill is kill_launcher
     check_same(tmp_path, straight.run)
 
 
-def test_a_run_goes_on_with_the_nodes_that_are_left(
+def test_a_run_continues_with_the_nodes_that_are_left(
     cluster: Cluster, config: Path, tmp_path: Path
 ) -> None:
     """One node takes the batches of two, sample by sample: in fp64 the difference is rounding."""
-    fp64 = "--train.precision=fp64"
+    fp64 = "--machine.precision=fp64"
     two = Training(cluster, config, tmp_path / "two", fp64)
     two.finish()
     run = Training(cluster, config, tmp_path / "run", fp64, options=("--nodes=1-2",))
@@ -66,11 +66,11 @@ def test_a_run_goes_on_with_the_nodes_that_are_left(
     worlds = [(start["nodes"], start["world_size"]) for start in run.start_lines]
     assert worlds == [("n[1-2]", 2), ("n1", 1)]
     assert summary(run.run)["world_size"] == 1
-    ours, theirs = (load_file(r.run / "classifier.safetensors") for r in (run, two))
-    assert ours.keys() == theirs.keys()
-    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-9
-    for mine, other in zip(metrics(run.run), metrics(two.run), strict=True):
-        assert mine == pytest.approx(other, abs=1e-9)
+    weights, expected = (load_file(r.run / "classifier.safetensors") for r in (run, two))
+    assert weights.keys() == expected.keys()
+    assert max((weights[name] - expected[name]).abs().max().item() for name in weights) < 1e-9
+    for line, other in zip(metrics(run.run), metrics(two.run), strict=True):
+        assert line == pytest.approx(other, abs=1e-9)
 
 
 def test_a_crash_after_the_signal_is_requeued_too(

@@ -1,40 +1,48 @@
-"""launch/sweep.sbatch as a job array, and the table of what it trained."""
+"""A sweep as a job array, by the scripts of `sgan-dist slurm`, in a folder that holds no clone."""
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 import time
 from pathlib import Path
 
-import yaml
-
-from tests.e2e.test_train import summary
-from tests.ranks import REPOSITORY, run
+from tests.commands import starts, summary
+from tests.ranks import run
 from tests.slurm.cluster import Cluster
 from tests.slurm.training import LONG, ONE_NODE, submit
 
+SMALL = (
+    "--batch.labeled=8",
+    "--batch.unlabeled=16",
+    "--batch.fake=8",
+    '--model.discriminator_args={"width":4}',
+    '--model.generator_args={"width":4}',
+    "--loss.consistency=0",
+    "--train.steps=200",
+    "--train.log_every=5",
+    "--train.evaluate_every=0",
+    "--train.sample_every=0",
+    "--checkpoint.every=20",
+    "--tracking.wandb=false",
+)
 
-def test_an_array_trains_a_grid_that_makes_a_table(
-    cluster: Cluster, config: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "launch").symlink_to(REPOSITORY / "launch")  # its runs/ and data/ are not ours
-    settings = yaml.safe_load(config.read_text())
-    settings["data"] = {"source": "digits", "labeled_batch": 8, "unlabeled_batch": 16}
-    settings["train"]["steps"] = 200
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
+
+def test_an_array_trains_a_grid_that_makes_a_table(cluster: Cluster, tmp_path: Path) -> None:
+    code, output = run("sgan-dist", "slurm", f"--out={tmp_path}/scripts")
+    assert code == 0, output
     number = submit(
         cluster,
         *ONE_NODE,
         "--array=0-3",
-        "small.yaml",
-        script="launch/sweep.sbatch",
+        "digits",
+        *SMALL,
+        script="scripts/sweep.sbatch",
         cwd=tmp_path,
         LABELS="2 10",
         SEEDS="3 4",
     )
-    runs = tmp_path / "runs" / "small-sweep"
+    runs = tmp_path / "runs" / "digits-sweep"
     # the last task's own id is that of the array: a requeue of it must leave the others alone
     last = runs / "labels-10-seed-4"
     deadline = time.monotonic() + LONG
@@ -42,24 +50,21 @@ def test_an_array_trains_a_grid_that_makes_a_table(
         time.sleep(0.05)
     cluster.run("scancel", "--batch", "--signal=USR1", f"{number}_3")
     for task in range(4):
-        found = cluster.wait_for(f"{number}_{task}", "COMPLETED", timeout=LONG)
-        assert found["Restarts"] == str(int(task == 3))
-    starts = [json.loads(line) for line in (last / "starts.jsonl").read_text().splitlines()]
-    assert len(starts) == 2 and 20 <= starts[1]["step"] < 200
+        job = cluster.wait_for(f"{number}_{task}", "COMPLETED", timeout=LONG)
+        assert job["Restarts"] == str(int(task == 3))
+    assert len(starts(last)) == 2 and 20 <= starts(last)[1]["step"] < 200
     for labels in (2, 10):
         for seed in (3, 4):
-            found = summary(runs / f"labels-{labels}-seed-{seed}")
-            assert (found["labels"], found["seed"], found["label_seed"]) == (
-                10 * labels,
-                seed,
-                seed,
-            )
-    code, output = run("python", "launch/collect.py", str(runs))
+            content = summary(runs / f"labels-{labels}-seed-{seed}")
+            assert (content["labels"], content["seed"]) == (10 * labels, seed)
+            assert content["label_seed"] == seed
+    assert not (tmp_path / "launch").exists() and not (tmp_path / "sgan_dist").exists()
+    code, output = run("sgan-dist", "compare", str(runs))
     assert code == 0, output
     rows = [line.split("|")[1:-1] for line in output.splitlines() if re.match(r"\| \d", line)]
     assert len(rows) == 2
     for row, labels in zip(rows, (2, 10), strict=True):
         errors = [summary(runs / f"labels-{labels}-seed-{seed}")["test_error"] for seed in (3, 4)]
         mean, std = 100 * statistics.fmean(errors), 100 * statistics.stdev(errors)
-        shown = [cell.strip() for cell in row]
-        assert shown[:4] == [str(10 * labels), "2", f"{mean:.2f} ± {std:.2f} %", "200"]
+        cells = [cell.strip() for cell in row]
+        assert cells[:4] == [str(10 * labels), "2", f"{mean:.2f} ± {std:.2f} %", "200"]

@@ -1,13 +1,14 @@
-"""launch/train.sbatch on two nodes: how runs end, and how they are requeued until they are DONE."""
+"""launch/train.sbatch on two nodes: how runs end, and how they are requeued until they are done."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.e2e.test_train import metrics, summary
+from tests.commands import metrics, summary
 from tests.slurm.cluster import Cluster
 from tests.slurm.training import ONE_NODE, STEPS, Training, check_same
 from tests.wandb_server import WandbServer
@@ -24,7 +25,7 @@ def server() -> Iterator[WandbServer]:
 
 @pytest.fixture(scope="module")
 def crashing(cluster: Cluster, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
-    """A job whose every start comes to nothing. Submitted ahead, as it waits for requeues."""
+    """A job that crashes at every start. Submitted ahead, as it waits for requeues."""
     crash = (f"{OWN}Crashes", "--model.discriminator_args={}")
     run = tmp_path_factory.mktemp("runs") / "crashing"
     return Training(cluster, config, run, *crash, options=ONE_NODE)
@@ -34,16 +35,16 @@ def crashing(cluster: Cluster, config: Path, tmp_path_factory: pytest.TempPathFa
 def limited(cluster: Cluster, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
     """A run longer than its job's time limit. Submitted ahead, as it mostly sleeps."""
     slow = (f"{OWN}TakesItsTime", "--model.discriminator_args={}", "--train.steps=130")
-    # A signal that nothing comes of instead of the template's: the run looks at the clock itself.
+    # A signal without effect in place of that of the script: the run itself looks at the clock.
     options = (*ONE_NODE, "--time=1", "--signal=B:URG@1")
     run = tmp_path_factory.mktemp("runs") / "limited"
     return Training(cluster, config, run, *slow, options=options)
 
 
 def test_a_run_on_two_nodes(straight: Training) -> None:
-    job, found = straight.cluster.job(straight.number), summary(straight.run)
+    job, content = straight.cluster.job(straight.number), summary(straight.run)
     assert (job["Restarts"], job["ExitCode"], job["NodeList"]) == ("0", "0:0", "n[1-2]")
-    assert found["world_size"] == 2 and found["step"] == STEPS and found["restarts"] == 0
+    assert content["world_size"] == 2 and content["step"] == STEPS and content["restarts"] == 0
     assert "2 processes on 2 nodes" in straight.log
     assert [line["step"] for line in metrics(straight.run)] == list(range(5, STEPS + 1, 5))
     (start,) = straight.start_lines
@@ -54,7 +55,11 @@ def test_a_run_on_two_nodes(straight: Training) -> None:
 def test_an_early_signal_requeues_and_one_wandb_run_has_all(
     cluster: Cluster, config: Path, straight: Training, tmp_path: Path, server: WandbServer
 ) -> None:
-    online = {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+    online: dict[str, Any] = {
+        "WANDB_MODE": "online",
+        "WANDB_BASE_URL": server.url,
+        "WANDB_API_KEY": "0" * 40,
+    }
     run = Training(cluster, config, tmp_path / "run", "--tracking.wandb=true", **online)
     run.wait_for_step(50)
     cluster.run("scancel", "--batch", "--signal=USR1", str(run.number))
@@ -70,7 +75,7 @@ def test_an_early_signal_requeues_and_one_wandb_run_has_all(
     assert logged == list(range(5, STEPS + 1, 5))
 
 
-def test_a_stop_file_ends_the_job_and_the_next_goes_on(
+def test_a_stop_file_ends_the_job_and_the_next_resumes(
     cluster: Cluster, config: Path, straight: Training, tmp_path: Path
 ) -> None:
     first = Training(cluster, config, tmp_path)
@@ -78,15 +83,18 @@ def test_a_stop_file_ends_the_job_and_the_next_goes_on(
     (tmp_path / "STOP").touch()
     assert first.finish() == 0
     assert cluster.job(first.number)["ExitCode"] == "0:0"
-    assert "to go on, submit the same again" in first.log and not (tmp_path / "DONE").exists()
+    assert (
+        "to resume the run, submit the same command again" in first.log
+        and not (tmp_path / "DONE").exists()
+    )
     second = Training(cluster, config, tmp_path)
     assert second.finish() == 0
     step = second.check_interrupted()
-    assert f"stopped after {step} of {STEPS} steps by a file STOP" in first.log
+    assert f"stopped after {step} of {STEPS} steps by a STOP file" in first.log
     check_same(tmp_path, straight.run)
 
 
-def test_a_cancelled_job_saves_and_stays_dead(
+def test_a_cancelled_job_saves_and_stays_cancelled(
     cluster: Cluster, config: Path, tmp_path: Path
 ) -> None:
     run = Training(cluster, config, tmp_path, "--checkpoint.every=100000")
@@ -94,13 +102,13 @@ def test_a_cancelled_job_saves_and_stays_dead(
     cluster.cancel(run.number)
     run.finish("CANCELLED")
     log = cluster.wait_for_log(run.number, "stopped after")
-    kept = (tmp_path / "latest").read_text().strip()
-    step = int(kept.rpartition("-")[2])
+    latest = (tmp_path / "latest").read_text().strip()
+    step = int(latest.rpartition("-")[2])
     assert 0 < step < STEPS and f"stopped after {step} of {STEPS} steps" in log
     clock = cluster.submit(
         script='#!/bin/bash\n((SLURM_RESTART_COUNT)) || scontrol requeue "$SLURM_JOB_ID"\n'
     )
-    assert cluster.wait_for(clock, "COMPLETED")["Restarts"] == "1"  # a requeue has its time
+    assert cluster.wait_for(clock, "COMPLETED")["Restarts"] == "1"  # so long a requeue takes
     job = cluster.job(run.number)
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
     assert "is requeued" not in run.log and run.starts == [0]
@@ -111,13 +119,15 @@ def test_a_rank_that_hangs_is_shown_and_requeued(
     cluster: Cluster, config: Path, tmp_path: Path
 ) -> None:
     hang = (f"{OWN}HangsAtTheFirstStart", "--model.discriminator_args={}")
-    run = Training(cluster, config, tmp_path, *hang, "--train.timeout=8", "--checkpoint.every=5")
+    run = Training(
+        cluster, config, tmp_path, *hang, "--machine.step_timeout=8", "--checkpoint.every=5"
+    )
     assert run.finish() == 1
     run.check_interrupted()
     for rank in (0, 1):
         assert run.log.count(f"rank {rank} hangs: 8 s without a step since step") == 1
     assert "in wait_for_nothing" in run.log  # where rank 1 is
-    assert "in agree" in run.log or "all_reduce" in run.log  # and rank 0, which waits for it
+    assert "in synchronize" in run.log or "all_reduce" in run.log  # and rank 0, which waits for it
 
 
 def test_a_bad_setting_is_not_tried_again(cluster: Cluster, config: Path, tmp_path: Path) -> None:
@@ -137,7 +147,7 @@ def test_a_run_that_makes_no_progress_is_given_up(crashing: Training) -> None:
     assert f"two requeues of job {crashing.number} made no checkpoint" in log
 
 
-def test_deepspeed_goes_on_too(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+def test_deepspeed_resumes_too(cluster: Cluster, config: Path, tmp_path: Path) -> None:
     run = Training(cluster, config, tmp_path, LAUNCHER="deepspeed")
     run.wait_for_step(50)
     cluster.run("scancel", "--batch", "--signal=USR1", str(run.number))
@@ -146,8 +156,8 @@ def test_deepspeed_goes_on_too(cluster: Cluster, config: Path, tmp_path: Path) -
     assert "DeepSpeed" in run.log and summary(run.run)["world_size"] == 2
 
 
-def test_a_time_limit_is_seen_coming(limited: Training) -> None:
+def test_a_run_stops_before_its_time_limit(limited: Training) -> None:
     assert limited.finish() in (1, 2)
     assert limited.starts[0] == 0 and 0 < limited.starts[1] < 130
-    said = f"stopped after {limited.starts[1]} of 130 steps by the end of the job's time"
-    assert said in limited.log and "TIME LIMIT" not in limited.log
+    message = f"stopped after {limited.starts[1]} of 130 steps by the job's time limit"
+    assert message in limited.log and "TIME LIMIT" not in limited.log

@@ -1,8 +1,7 @@
-"""Training jobs on the test cluster: how they are submitted, watched, and what they leave."""
+"""Training jobs on the test cluster: how they are submitted and watched, and what they leave."""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -11,30 +10,30 @@ from typing import Any
 import psutil
 import yaml
 
-from tests.e2e.test_train import metrics, summary
+from tests.commands import metrics, starts, summary
 from tests.ranks import REPOSITORY
 from tests.slurm.cluster import PATH, Cluster
 
 STEPS = 300
 TWO_NODES = ("--nodes=2",)
-ONE_NODE = ("--nodes=1", "--nodelist=n1")  # tests take only n2 away
-LONG = 180  # seconds that a start, or a requeue and a start, may take on a busy machine
+ONE_NODE = ("--nodes=1", "--nodelist=n1")  # tests kill only n2
+LONG = 180  # seconds for a start, or a requeue and a start, on a busy machine
 
 
 def write_config(path: Path, root: Path) -> Path:
     """The config file of a run of a few seconds, on a prepared dataset."""
     settings = {
         "name": "small",
-        "data": {"root": str(root), "labeled_batch": 8, "unlabeled_batch": 16},
+        "data": {"root": str(root)},
+        "batch": {"labeled": 8, "unlabeled": 16, "fake": 8},
         "model": {"discriminator_args": {"width": 4}, "generator_args": {"width": 4}},
         "train": {
             "steps": STEPS,
-            "fake_batch": 8,
             "log_every": 5,
             "evaluate_every": 0,
             "sample_every": 0,
-            "timeout": 30,
         },
+        "machine": {"step_timeout": 30},
         "checkpoint": {"every": 20},
         "tracking": {"wandb": False},
     }
@@ -47,11 +46,11 @@ def submit(
     *args: str,
     script: str = "launch/train.sbatch",
     cwd: Path = REPOSITORY,
-    **variables: str,
+    **variables: Any,
 ) -> int:
-    """`sbatch` as a user calls it, with the environment activated; `args`: options, then SCRIPT's.
+    """`sbatch` as a user calls it, with the environment activated; returns the job's id.
 
-    Options of sbatch are those before the first argument without dashes, the config.
+    `args` are options of sbatch, then the config, the first without a dash, then options of the script.
     """
     config = next(i for i, arg in enumerate(args) if not arg.startswith("-"))
     log = f"--output={cluster.jobs}/%x-%j.log"
@@ -78,7 +77,7 @@ class Training:
         run: Path,
         *overrides: str,
         options: tuple[str, ...] = TWO_NODES,
-        **variables: str,
+        **variables: Any,
     ) -> None:
         self.cluster, self.run = cluster, run
         self.number = submit(
@@ -91,15 +90,15 @@ class Training:
 
     @property
     def starts(self) -> list[int]:
-        """The steps that the run went on from, start by start."""
+        """The step that each start of the run resumed from."""
         return [start["step"] for start in self.start_lines]
 
     @property
     def start_lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.run / "starts.jsonl").read_text().splitlines()]
+        return starts(self.run)
 
     def wait_for_step(self, step: int) -> None:
-        """Waits until metrics.jsonl has come to `step`."""
+        """Waits until metrics.jsonl has reached `step`."""
         path, deadline = self.run / "metrics.jsonl", time.monotonic() + LONG
         while not path.exists() or len(path.read_text().splitlines()) * 5 < step:
             job = self.cluster.job(self.number)
@@ -110,23 +109,23 @@ class Training:
             time.sleep(0.02)
 
     def finish(self, state: str = "COMPLETED") -> int:
-        """Waits until the job has come to its end; returns how often SLURM had restarted it."""
+        """Waits until the job has ended in `state`; returns how often SLURM restarted it."""
         return int(self.cluster.wait_for(self.number, state, timeout=LONG)["Restarts"])
 
     def processes(self, node: str, *words: str) -> list[psutil.Process]:
-        """This job's processes of a node whose command line has all these words."""
-        found = []
+        """The processes of this job on a node whose command line has all these words."""
+        processes = []
         for process in self.cluster.node_processes(node):
             try:
-                ours = process.environ().get("SLURM_JOB_ID") == str(self.number)
-                if ours and set(words) <= {Path(w).name for w in process.cmdline()}:
-                    found.append(process)
-            except psutil.Error:  # gone, or a kernel's
+                of_this_job = process.environ().get("SLURM_JOB_ID") == str(self.number)
+                if of_this_job and set(words) <= {Path(w).name for w in process.cmdline()}:
+                    processes.append(process)
+            except psutil.Error:  # it has ended, or is one of the kernel
                 continue
-        return found
+        return processes
 
     def check_interrupted(self) -> int:
-        """The step of the only restart of the run, which was in the middle."""
+        """Checks that the run was restarted once, in the middle; returns the step."""
         assert len(self.starts) == 2 and self.starts[0] == 0, self.log
         assert 0 < self.starts[1] < STEPS
         assert f"resuming after step {self.starts[1]}\n" in self.log

@@ -1,0 +1,35 @@
+"""What the loader hands to training: one rank's slice of a step's global batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Skip(NamedTuple):
+    """A record that was already damaged when its shard was indexed: `samples` of it are left out."""
+
+    shard: str
+    record: int
+    samples: int
+    why: str
+
+
+@dataclass(frozen=True)
+class SemiSupervisedBatch:
+    """This rank's contiguous slice of the global batches of one step, on the CPU.
+
+    labeled: uint8 (b_l, H, W, C); labels: int64 (b_l,); unlabeled: uint8 (b_u, H, W, C), b_u = 0
+    without an unlabeled stream; ids: int64, a sample's number in its split. In pinned memory if
+    CUDA is available. skips: damaged records that this rank has not reported before.
+    """
+
+    step: int
+    labeled: Tensor
+    labels: Tensor
+    unlabeled: Tensor
+    labeled_ids: Tensor
+    unlabeled_ids: Tensor
+    skips: tuple[Skip, ...] = ()

@@ -1,0 +1,100 @@
+"""Makes a dataset folder: one process at a time, and never over another dataset."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from sgan_dist.data.index import INDEX_NAME, DatasetIndex, load_index
+from sgan_dist.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def dataset_folder(
+    out: Path, request: str, work: str, outcome: str, unfinished: str | None = None
+) -> Iterator[DatasetIndex | None]:
+    """Yields the index if `out` already holds the dataset of this request, else None.
+
+    With None, no other process makes a dataset there inside the `with` block.
+
+    Args:
+        out: the folder to make; absent, empty, or with the dataset of the same request.
+        request: describes in words what the dataset is made from.
+        work: what the process does, for the message to another one: `preparing`.
+        outcome: what a full disk leaves, for the message: `nothing half-written was kept`.
+        unfinished: a name in `out` that marks it as the folder of an unfinished run, to continue.
+
+    Raises:
+        UserError: `out` holds something else or cannot be written, or another process makes it.
+    """
+    try:
+        existing = _existing(out, request, unfinished)
+        if existing is None:
+            with _exclusive(out, work):
+                existing = _existing(out, request, unfinished)  # another run may have just finished
+                if existing is None:
+                    yield None
+                    return
+        log.info(f"{out} already holds this dataset: nothing to do")
+        yield existing
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"no room left for {out} ({error.strerror}): free space or choose another --out;"
+                f" {outcome}"
+            ) from None
+        raise UserError(
+            f"cannot use {error.filename or out}: {error.strerror}; choose another --out"
+        ) from None
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """Returns the bytes of a .npy file that holds the array."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array))
+    return buffer.getvalue()
+
+
+def _existing(out: Path, request: str, unfinished: str | None) -> DatasetIndex | None:
+    if not (out / INDEX_NAME).is_file():
+        try:
+            names = {path.name for path in out.iterdir()}
+        except FileNotFoundError:
+            return None
+        if not names or unfinished in names:
+            return None
+        raise UserError(
+            f"{out} exists and holds no dataset: choose another --out, or empty it yourself"
+        )
+    index = load_index(out)
+    if index.request != request:
+        raise UserError(
+            f"{out} holds another dataset: it was made from [{index.request}], the request is"
+            f" [{request}]; choose another --out, or remove that folder yourself"
+        )
+    return index
+
+
+@contextlib.contextmanager
+def _exclusive(out: Path, work: str) -> Iterator[None]:
+    lock = FileLock(out.with_name(f".{out.name}.lock"), fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"another run is {work} {out} right now: wait for it to end") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()

@@ -1,0 +1,1 @@
+"""Remote files: URLs, transfers with retries, the node's cache of shards."""

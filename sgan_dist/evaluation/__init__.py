@@ -1,0 +1,1 @@
+"""After the run: metrics, the exported classifier, the report, comparison of runs."""

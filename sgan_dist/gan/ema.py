@@ -1,0 +1,25 @@
+"""The averaged copy of the discriminator (EMA), which is evaluated and kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sgan_dist.config import EmaConfig
+
+
+@torch.no_grad()
+def update(
+    average: nn.Module, network: nn.Module, seen: int, batch: int, config: EmaConfig
+) -> None:
+    """Moves `average` towards `network`, after a step of `batch` images, the last of `seen` images.
+
+    The half-life is counted in images, so it means the same at any batch size. At first it is
+    `rampup` times the images seen, so that the average forgets the initial weights: `ema_rampup` in
+    the code of StyleGAN2-ADA (Karras et al. 2020, arXiv:2006.06676). Buffers are copied.
+    """
+    half_life = min(config.half_life, config.rampup * seen) if config.rampup else config.half_life
+    keep = 0.5 ** (batch / half_life)
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - keep)
+    for target, source in zip(average.buffers(), network.buffers(), strict=True):
+        target.copy_(source)

@@ -1,0 +1,156 @@
+"""The networks of a run: building them, their initial values, and their state in a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgan_dist.config import Config, EmaConfig
+from sgan_dist.data.batch import SemiSupervisedBatch
+from sgan_dist.errors import UserError
+from sgan_dist.gan import ema
+from sgan_dist.gan.models import build_discriminator, build_generator
+from sgan_dist.gan.models.base import CHW, data_dependent_init
+from sgan_dist.gan.pixels import images_to_float
+from sgan_dist.parallel.batchnorm import GlobalBatchNorm
+from sgan_dist.parallel.collectives import differing_replica, gather_batch
+from sgan_dist.parallel.engine import Backend, Engine
+from sgan_dist.parallel.random import BatchSlice, GlobalRandom
+
+
+@dataclass(frozen=True)
+class SGAN:
+    """A semi-supervised GAN in training: D, G and the averaged D, with their optimizers."""
+
+    discriminator: Engine
+    generator: Engine | None
+    """None where the config has no generator"""
+    average: nn.Module
+    """the moving average of D, which is evaluated and kept"""
+    mean_prediction: Tensor
+    """(N,), the running mean of the averaged D's class probabilities on unlabeled images"""
+
+    def engines(self) -> dict[str, Engine]:
+        """D's engine and, where there is one, G's, by name."""
+        engines = {"discriminator": self.discriminator, "generator": self.generator}
+        return {name: engine for name, engine in engines.items() if engine is not None}
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The modules by name, without wrappers."""
+        networks = {name: engine.network for name, engine in self.engines().items()}
+        return networks | {"average": self.average}
+
+    def update_average(self, seen: int, batch: int, config: EmaConfig) -> None:
+        """Updates the averaged D after a step; see `sgan_dist.gan.ema.update`."""
+        ema.update(self.average, self.discriminator.network, seen, batch, config)
+
+    def check_replicas(self, step: int) -> None:
+        """Raises UserError on every rank if the weights are not the same on all ranks."""
+        tensors = {
+            f"{name}.{key}": value
+            for name, network in self.networks().items()
+            for key, value in network.state_dict().items()
+        }
+        name = differing_replica(tensors)
+        if name is not None:
+            raise UserError(
+                f"step {step}: {name} differs between ranks, after a hardware fault, or because the"
+                " code of a network depends on the rank: the same command continues from the last"
+                " checkpoint (--machine.replica_check_every is the number of steps between checks)"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """The networks' part of a checkpoint. All ranks call it."""
+        state: dict[str, Any] = {name: engine.state() for name, engine in self.engines().items()}
+        state["average"] = self.average.state_dict()
+        return state | {"mean_prediction": self.mean_prediction}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Loads what `state` returned."""
+        for name, engine in self.engines().items():
+            engine.load(state[name])
+        self.average.load_state_dict(state["average"])
+        self.mean_prediction.copy_(state["mean_prediction"])
+
+
+@dataclass(frozen=True)
+class DiscriminatorSpec:
+    """What a D is built from, in training and from a classifier's file."""
+
+    discriminator: str
+    """a name of `sgan_dist.gan.models`, or `package.module:Class`"""
+    discriminator_args: dict[str, Any]
+    image_chw: CHW
+    outputs: int
+    """logits: one a class, and in the explicit form one more for fake"""
+
+    @classmethod
+    def of(cls, config: Config, image_hwc: Sequence[int], classes: int) -> DiscriminatorSpec:
+        """That of a run on images (H, W, C)."""
+        height, width, channels = image_hwc
+        outputs, model = classes + (config.loss.form == "explicit"), config.model
+        image_chw = (channels, height, width)
+        return cls(model.discriminator, model.discriminator_args, image_chw, outputs)
+
+    def build(self) -> nn.Module:
+        """A new D; raises as `build_discriminator` does."""
+        return build_discriminator(
+            self.discriminator, self.image_chw, self.outputs, self.discriminator_args
+        )
+
+
+def build(config: Config, image_hwc: tuple[int, int, int], classes: int, backend: Backend) -> SGAN:
+    """The networks for images (H, W, C), with the same initial values on every rank.
+
+    Raises:
+        UserError: a network does not fit the images or the config, or has unused parameters.
+    """
+    model, optim = config.model, config.optim
+    torch.manual_seed(config.seed)
+    spec = DiscriminatorSpec.of(config, image_hwc, classes)
+    discriminator = spec.build()
+    norms = (GlobalBatchNorm, nn.modules.batchnorm._BatchNorm)
+    if config.batch.accumulation > 1 and any(isinstance(m, norms) for m in discriminator.modules()):
+        raise UserError(
+            f"batch.accumulation is {config.batch.accumulation}, and the discriminator has batch norm,"
+            " whose statistics over a micro-batch are not those of the batch: use more processes"
+            " instead, or a discriminator without batch norm"
+        )
+    generator = None
+    if config.uses_generator:
+        assert model.generator is not None
+        network = build_generator(model.generator, spec.image_chw, model.generator_args)
+        generator = backend.prepare(network, optim.generator_lr, optim)
+    average = copy.deepcopy(discriminator).eval().requires_grad_(False)
+    engine = backend.prepare(discriminator, optim.lr, optim)
+    average.to(backend.device, next(discriminator.parameters()).dtype)
+    uniform = torch.full((classes,), 1 / classes, device=backend.device, dtype=backend.dtype)
+    with backend.autocast():
+        engine.warm_up(torch.zeros(2, *spec.image_chw, device=backend.device, dtype=backend.dtype))
+        if generator is not None:
+            rows = {"example": BatchSlice.of(2, 0, 1)}
+            rng = GlobalRandom(config.seed, "warm_up", 0, rows, backend.device)
+            generator.warm_up(generator.network.latent(rng).to(backend.dtype))  # type: ignore[operator]
+    return SGAN(engine, generator, average, uniform)
+
+
+def initialize(sgan: SGAN, first: SemiSupervisedBatch, seed: int, backend: Backend) -> None:
+    """Data-dependent initialization of D from the first global batch, the same on every rank.
+
+    D's noise is on: without it, signals would be too large for noise of a fixed size, and would stay
+    so in layers whose scale is not trained.
+    """
+    splits = [split for split in (first.labeled, first.unlabeled) if len(split)]
+    floats = [images_to_float(split, backend.device, backend.dtype) for split in splits]
+    images = torch.cat([gather_batch(split) for split in floats])
+    # Every rank has all images: in training mode batch norm would count them once per rank.
+    rows = {"first": BatchSlice.of(len(images), 0, 1)}
+    rng = GlobalRandom(seed, "init", 0, rows, backend.device)
+    data_dependent_init(sgan.discriminator.network.eval(), images, rng)
+    sgan.discriminator.network.train()
+    sgan.average.load_state_dict(sgan.discriminator.network.state_dict())

@@ -1,0 +1,278 @@
+"""One step of D and one of G, each with one backward: what is minimized, and in what order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sgan_dist.config import Config
+from sgan_dist.data.batch import SemiSupervisedBatch
+from sgan_dist.errors import NonFiniteLoss
+from sgan_dist.gan import losses
+from sgan_dist.gan.augment import augment
+from sgan_dist.gan.models.base import DiscriminatorOutput
+from sgan_dist.gan.networks import SGAN
+from sgan_dist.gan.pixels import images_to_float
+from sgan_dist.parallel.collectives import all_sum
+from sgan_dist.parallel.engine import Backend, Engine, frozen
+from sgan_dist.parallel.random import BatchSlice, GlobalRandom
+
+ALIGNMENT_MOMENTUM = 0.01  # of the averaged D's mean prediction
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What passes D at once: the images (n, C, H, W) of each kind, and their random numbers."""
+
+    images: dict[str, Tensor]
+    rng: GlobalRandom
+    last: bool
+
+
+def discriminator_step(
+    sgan: SGAN, batch: SemiSupervisedBatch, config: Config, backend: Backend
+) -> dict[str, float]:
+    """Updates D on labeled, unlabeled and generated images; returns global means.
+
+    Raises:
+        NonFiniteLoss: on every rank, before the optimizer step.
+    """
+    step, n = batch.step, config.batch.accumulation
+    labels = batch.labels.to(backend.device, non_blocking=True).chunk(n)
+    images = {"labeled": images_to_float(batch.labeled, backend.device, backend.dtype)}
+    if len(batch.unlabeled):
+        images["unlabeled"] = images_to_float(batch.unlabeled, backend.device, backend.dtype)
+    if sgan.generator is not None:
+        images["fake"] = _generate(sgan.generator, "discriminator", config, backend, step)
+    counts = {kind: len(x) * backend.world_size for kind, x in images.items()}
+    targets: Sequence[Tensor | None] = [None] * n
+    if config.uses_consistency:
+        targets = _targets(sgan, images["unlabeled"], config, backend, step).chunk(n)
+
+    weights = {  # the supervised term has weight 1
+        "unlabeled": config.loss.unlabeled,
+        "fake": config.loss.fake,
+        "consistency": config.loss.consistency,
+    }
+    shares: dict[str, Tensor] = {}
+    micro_batches = _micro_batches(images, "discriminator", config, backend, step)
+    for micro, micro_labels, micro_targets in zip(micro_batches, labels, targets, strict=True):
+        with sgan.discriminator.accumulate(sync=micro.last):
+            # Positions need fp32: augmentation stays outside of autocast, here and below.
+            joined = augment(torch.cat(list(micro.images.values())), config.augment, micro.rng)
+            with backend.autocast():
+                output = sgan.discriminator.forward(joined, micro.rng)
+            parts = output.logits.split(list(micro.rng.sizes.values()))
+            logits = dict(zip(micro.images, parts, strict=True))
+            terms, fractions = _discriminator_terms(
+                logits, micro_labels, micro_targets, counts, config
+            )
+            _add(shares, {f"d/{name}": share for name, share in terms.items()} | fractions)
+            if (step + 1) % config.train.log_every == 0:
+                _add(shares, _squared_logit_gradients(terms, output.logits))
+            weighted = [weights.get(name, 1.0) * share for name, share in terms.items()]
+            sgan.discriminator.backward(torch.stack(weighted).sum())
+    return _update(sgan.discriminator, "d", shares, config.optim.lr, config, step)
+
+
+def generator_step(
+    sgan: SGAN, batch: SemiSupervisedBatch, config: Config, backend: Backend
+) -> dict[str, float]:
+    """Updates G against the updated, frozen D; returns global means. Raises as D's step does.
+
+    G makes its whole batch at once, because its batch norm mixes the images; D sees it in
+    micro-batches. Gradients are collected at the images, and G gets them in one backward.
+    """
+    engine, step = sgan.generator, batch.step
+    assert engine is not None
+    count, shares_of_loss = config.batch.fake, config.batch.accumulation * backend.world_size
+    real_mean = fake_mean = None
+    if config.loss.generator == "feature_matching":
+        images = {"unlabeled": images_to_float(batch.unlabeled, backend.device, backend.dtype)}
+        real_mean = _mean_features(sgan, images, "generator/real", config, backend, step)
+
+    shares: dict[str, Tensor] = {}
+    with engine.accumulate(sync=True):
+        fake = _generate(engine, "generator", config, backend, step)
+        images = {"fake": fake.detach().requires_grad_()}
+        if real_mean is not None and config.batch.accumulation > 1:
+            # The mean over all micro-batches, which the loss of each needs, takes a pass of its own.
+            fake_mean = _mean_features(sgan, images, "generator/fake", config, backend, step)
+        for output in _frozen_outputs(sgan, images, "generator/fake", config, backend, step):
+            if real_mean is None:
+                odds = losses.log_odds_real(output.logits, config.loss.form)
+                loss = losses.non_saturating(odds, count)
+            else:
+                if fake_mean is None:
+                    fake_mean = losses.feature_mean([output.features], count)
+                loss = losses.feature_matching(
+                    real_mean, output.features, fake_mean, count, shares_of_loss
+                )
+            _add(shares, {f"g/{config.loss.generator}": loss})
+            torch.autograd.backward(loss)
+        gradient = images["fake"].grad
+        assert gradient is not None
+        engine.backward((fake * gradient).sum())
+    return _update(engine, "g", shares, config.optim.generator_lr, config, step)
+
+
+def rate(step: int, config: Config) -> float:
+    """Factor of the learning rates: 1, then linear to 0 over the last `optim.decay` of the run."""
+    tail = config.optim.decay * config.train.steps
+    return min(1.0, (config.train.steps - step) / tail) if tail else 1.0
+
+
+def _discriminator_terms(
+    logits: dict[str, Tensor],
+    labels: Tensor,
+    targets: Tensor | None,
+    counts: dict[str, int],
+    config: Config,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """This rank's shares of D's loss terms on a micro-batch, and of fractions to report.
+
+    `labels` (n,) belong to the labeled images, `targets` (n, N) to the unlabeled ones; `counts` are
+    the sizes of the global batches.
+    """
+    form = config.loss.form
+    terms = {"supervised": losses.supervised(logits["labeled"], labels, counts["labeled"])}
+    wrong = losses.class_logits(logits["labeled"], form).argmax(1) != labels
+    fractions = {"d/train_error": wrong.sum() / counts["labeled"]}
+    if "fake" in logits:
+        odds = {kind: losses.log_odds_real(logits[kind], form) for kind in ("unlabeled", "fake")}
+        terms["unlabeled"] = losses.real(odds["unlabeled"], counts["unlabeled"])
+        terms["fake"] = losses.fake(odds["fake"], counts["fake"])
+        fractions["d/fakes_detected"] = (odds["fake"] < 0).sum() / counts["fake"]
+    if targets is not None:
+        predicted = losses.class_logits(logits["unlabeled"], form)
+        count = counts["unlabeled"]
+        terms["consistency"] = losses.soft_cross_entropy(predicted, targets, count)
+        if config.loss.threshold:
+            fractions["d/confident"] = targets.any(1).sum() / count
+    return terms, fractions
+
+
+def _squared_logit_gradients(terms: dict[str, Tensor], logits: Tensor) -> dict[str, Tensor]:
+    """The squared norm of each term's gradient at D's logits: a term with none teaches nothing."""
+    squares = {}
+    for name, share in terms.items():
+        (gradient,) = torch.autograd.grad(share, logits, retain_graph=True)
+        squares[f"d/squared_logit_gradient/{name}"] = gradient.double().square().sum()
+    return squares
+
+
+def _generate(engine: Engine, phase: str, config: Config, backend: Backend, step: int) -> Tensor:
+    """This rank's slice of the global batch of fakes; with gradient only in G's own step."""
+    rows = BatchSlice.of(config.batch.fake, backend.rank, backend.world_size)
+    rng = GlobalRandom(config.seed, f"{phase}/latent", step, {"fake": rows}, backend.device)
+    z = engine.network.latent(rng).to(backend.dtype)  # type: ignore[operator]
+    with backend.autocast():
+        if phase == "generator":
+            return engine.forward(z)  # type: ignore[no-any-return]
+        with torch.no_grad():
+            return engine.network(z).to(z.dtype)  # type: ignore[no-any-return]
+
+
+def _micro_batches(
+    images: dict[str, Tensor], phase: str, config: Config, backend: Backend, step: int
+) -> Iterator[MicroBatch]:
+    """Cuts this rank's images into `batch.accumulation` micro-batches.
+
+    Each image gets the same random numbers at any accumulation and world size.
+    """
+    n, rank, world = config.batch.accumulation, backend.rank, backend.world_size
+    for number in range(n):
+        slices = {
+            kind: BatchSlice.of(world * len(x), rank * n + number, world * n)
+            for kind, x in images.items()
+        }
+        rng = GlobalRandom(config.seed, phase, step, slices, backend.device)
+        cut = {kind: x.chunk(n)[number] for kind, x in images.items()}
+        yield MicroBatch(cut, rng, last=number == n - 1)
+
+
+def _frozen_outputs(
+    sgan: SGAN, images: dict[str, Tensor], phase: str, config: Config, backend: Backend, step: int
+) -> Iterator[DiscriminatorOutput]:
+    """The frozen D's outputs for augmented images of one kind; gradients flow to the images only."""
+    discriminator = sgan.discriminator.network
+    for micro in _micro_batches(images, phase, config, backend, step):
+        (rows,) = micro.images.values()
+        augmented = augment(rows, config.augment, micro.rng)
+        with frozen(discriminator), backend.autocast():
+            output = discriminator(augmented, micro.rng)
+        yield output
+
+
+@torch.no_grad()
+def _mean_features(
+    sgan: SGAN, images: dict[str, Tensor], phase: str, config: Config, backend: Backend, step: int
+) -> Tensor:
+    """The frozen D's mean features (F,) over the global batch of images of one kind."""
+    outputs = _frozen_outputs(sgan, images, phase, config, backend, step)
+    (rows,) = images.values()
+    count = len(rows) * backend.world_size
+    return losses.feature_mean([output.features for output in outputs], count)
+
+
+@torch.no_grad()
+def _targets(sgan: SGAN, unlabeled: Tensor, config: Config, backend: Backend, step: int) -> Tensor:
+    """The averaged D's class probabilities of unlabeled images, aligned and sharpened, (n, N).
+
+    Rows whose largest probability is below `loss.threshold` are zeros.
+    """
+    probabilities = []
+    for micro in _micro_batches({"unlabeled": unlabeled}, "teacher", config, backend, step):
+        images = augment(micro.images["unlabeled"], config.teacher_augment, micro.rng)
+        with backend.autocast():
+            logits = sgan.average(images).logits
+        probabilities.append(losses.class_logits(logits, config.loss.form).softmax(1))
+    p = torch.cat(probabilities)
+    mean = all_sum(p.sum(0)) / (len(p) * backend.world_size)
+    sgan.mean_prediction.lerp_(mean.to(backend.dtype), ALIGNMENT_MOMENTUM)
+    p = losses.aligned(p, sgan.mean_prediction)
+    targets = losses.sharpened(p, config.loss.temperature)
+    return losses.confident(targets, p, config.loss.threshold)
+
+
+def _add(shares: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    """Adds the shares of a micro-batch to those of the ones before it."""
+    for name, value in more.items():
+        shares[name] = shares.get(name, 0) + value.detach()
+
+
+def _update(
+    engine: Engine, prefix: str, shares: dict[str, Tensor], lr: float, config: Config, step: int
+) -> dict[str, float]:
+    """Checks that losses and gradient are finite, and takes the optimizer step.
+
+    Returns the global values. Waits once for the device.
+    """
+    dtype = next(iter(shares.values())).dtype
+    totals = all_sum(torch.stack([value.to(dtype) for value in shares.values()]))
+    names, norm_name = list(shares), f"{prefix}/gradient_norm"
+    norm = engine.clip_gradients()
+    if norm is not None:
+        totals = torch.cat([totals, norm.to(totals.dtype).view(1)])
+        names.append(norm_name)
+    metrics = dict(zip(names, totals.tolist(), strict=True))
+    _check_finite(metrics, step)
+    norm = engine.step(lr * rate(step, config))
+    if norm is not None:  # ZeRO knows the norm only now, and skips the step if it is not finite
+        metrics[norm_name] = float(norm)
+        _check_finite(metrics, step)
+    return metrics
+
+
+def _check_finite(metrics: dict[str, float], step: int) -> None:
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        raise NonFiniteLoss(
+            f"{', '.join(bad)} became {metrics[bad[0]]} at step {step}, before its update: start"
+            " again with another --run_dir and lower learning rates or optim.clip_norm; checkpoints"
+            " of earlier steps are good"
+        )

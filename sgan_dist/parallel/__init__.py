@@ -1,0 +1,1 @@
+"""Machines: launchers, collectives, agreement between ranks, random numbers, engines."""

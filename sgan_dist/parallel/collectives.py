@@ -1,0 +1,111 @@
+"""Collectives: sums, gathers and replica checks over all ranks.
+
+One contract for gradients: a rank back-propagates its additive *share* of the global loss. Shares
+add up over ranks to the global loss, in value and in gradient; only the engines undo the averaging
+of data-parallel wrappers (see `sgan_dist.parallel.engine`).
+
+Without a process group every function works as in a world of one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """The sum over ranks, without gradient; same shape and dtype."""
+    total = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+class _DifferentiableSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return all_sum(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return differentiable_sum(gradient)  # differentiable again
+
+
+def differentiable_sum(value: Tensor) -> Tensor:
+    """The sum over ranks; its gradient is the sum of the gradients of all ranks' loss shares."""
+    return _DifferentiableSum.apply(value) if world_size() > 1 else value  # type: ignore[no-untyped-call]
+
+
+def gather_batch(local: Tensor) -> Tensor:
+    """The global batch, ranks in order, from slices of equal size; without gradient."""
+    if world_size() == 1:
+        return local
+    slices = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(slices, local.contiguous())
+    return torch.cat(slices)
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    """The bytes of a tensor's values, in row-major order."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def differing_replica(tensors: dict[str, Tensor]) -> str | None:
+    """The name of the first tensor that is not the same on all ranks, by its bytes."""
+    if world_size() == 1:
+        return None
+    digests = {name: hashlib.sha256(as_bytes(v)).digest() for name, v in tensors.items()}
+    ranks = gather_objects(digests)
+    return next((name for name in digests if any(r[name] != digests[name] for r in ranks)), None)
+
+
+def gather_objects(value: T) -> list[T]:
+    """One small picklable object from every rank, ranks in order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=host_group())
+    return values
+
+
+@functools.lru_cache(maxsize=1)
+def host_group() -> Any:
+    """A gloo group for CPU objects: with NCCL they would wait for the GPU."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def limit_waits(seconds: float) -> None:
+    """Sets how long a collective waits for the other ranks before it fails on this one."""
+    if dist.is_initialized():
+        for group in {None, host_group()}:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def leave_at_exit() -> None:
+    """Makes this process leave its process group at its exit; it could not join one again."""
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,97 @@
+"""The default backend: Accelerate's processes, and networks under torch's DDP."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from typing import Any
+
+import accelerate
+import torch
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from sgan_dist.config import Config, OptimConfig
+from sgan_dist.errors import UserError
+from sgan_dist.parallel import launcher
+from sgan_dist.parallel.engine import Backend, Engine, make_optimizer
+
+
+class DDPEngine(Engine):
+    """A network under DDP; in a single process, without a wrapper."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        accelerator: accelerate.Accelerator,
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float | None,
+    ) -> None:
+        super().__init__(network, optimizer, clip_norm)
+        self._accelerator = accelerator
+        self._wrapped: nn.Module = accelerator.prepare_model(network)
+
+    def forward(self, *inputs: Any) -> Any:
+        """Returns the output of the DDP wrapper, whose backward averages gradients over ranks."""
+        return self._wrapped(*inputs)
+
+    def _used_parameters(self, example: Tensor) -> list[nn.Parameter]:
+        """Goes through the wrapper, so that DDP orders its gradient buckets before the first step.
+
+        DDP does so in its first backward, and sums in another order from then on: without this a
+        resumed run would differ from an uninterrupted one in the last bits.
+        """
+        output = self._wrapped(example)
+        (output if isinstance(output, Tensor) else output[0]).sum().backward()
+        used = [p for p in self._parameters if p.grad is not None]
+        self._optimizer.zero_grad(set_to_none=True)
+        return used
+
+    def accumulate(self, sync: bool) -> contextlib.AbstractContextManager[None]:
+        """Without `sync`, DDP's own `no_sync`."""
+        if sync:
+            return contextlib.nullcontext()
+        return self._accelerator.no_sync(self._wrapped)  # type: ignore[no-any-return]
+
+    def backward(self, loss_share: Tensor) -> None:
+        """Multiplies by the number of ranks, because DDP averages gradients over them."""
+        # Not accelerator.backward: it divides by an accumulation count from the environment.
+        (loss_share * self._accelerator.num_processes).backward()
+
+    def _step(self) -> None:
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+
+class AccelerateBackend(Backend):
+    """The processes of this run, as Accelerate finds them in the launcher's environment."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        self._accelerator = accelerate.Accelerator(
+            # on a machine without GPUs, Accelerate would otherwise not connect the ranks
+            cpu=ranks > 1 and not torch.accelerator.is_available(),
+            # with another value, Accelerate replaces the network's own forward everywhere
+            mixed_precision="no",
+            kwargs_handlers=[
+                # Buffers are global averages already, the same on every rank.
+                DistributedDataParallelKwargs(broadcast_buffers=False)
+            ],
+        )
+        warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*")
+        self.rank = self._accelerator.process_index
+        self.world_size = self._accelerator.num_processes
+        self.device = self._accelerator.device
+        self.wrapper = "DDP" if self.world_size > 1 else "no wrapper"
+        if self.world_size != ranks:
+            raise UserError(
+                f"the launcher started {ranks} processes, and Accelerate joined {self.world_size} of"
+                f" them; on CPU start them with: {launcher.CPU_RANKS.format(n=ranks)}"
+            )
+
+    def prepare(self, network: nn.Module, lr: float, config: OptimConfig) -> DDPEngine:
+        network.to(self.device, self.dtype)
+        optimizer = make_optimizer(network, lr, config)
+        return DDPEngine(network, self._accelerator, optimizer, config.clip_norm)

@@ -1,0 +1,173 @@
+"""Engines and backends: what the training steps call, and what DDP and DeepSpeed share.
+
+An `Engine` trains one network, a `Backend` is the processes of a run. `sgan_dist.parallel.ddp` and
+`sgan_dist.parallel.deepspeed` implement both; no other module imports Accelerate or DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgan_dist.config import Config, OptimConfig
+from sgan_dist.errors import UserError, plural
+from sgan_dist.parallel import launcher
+from sgan_dist.parallel.collectives import gather_objects
+
+
+class Engine(ABC):
+    """A network, its data-parallel wrapper and its optimizer.
+
+    A step is `accumulate`, `forward` and `backward` for each micro-batch, then `clip_gradients`,
+    then `step`.
+    """
+
+    network: nn.Module
+    """the plain module, without a wrapper"""
+
+    def __init__(self, network: nn.Module, optimizer: Any, clip_norm: float | None) -> None:
+        self.network = network
+        self._optimizer = optimizer
+        self._clip_norm = clip_norm
+        self._parameters = list(network.parameters())
+
+    @abstractmethod
+    def forward(self, *inputs: Any) -> Any:
+        """Returns the network's output; `backward` sums its gradients over ranks."""
+
+    def warm_up(self, example: Tensor) -> None:
+        """Makes the first step like all later ones, by a forward and backward over `example`.
+
+        Raises:
+            UserError: a trained parameter gets no gradient; several ranks would wait for it.
+        """
+        before = copy.deepcopy(self.network.state_dict())
+        used = {id(parameter) for parameter in self._used_parameters(example)}
+        named = self.network.named_parameters()
+        unused = [name for name, p in named if p.requires_grad and id(p) not in used]
+        if unused:
+            raise UserError(
+                f"{type(self.network).__name__} does not use its parameters {', '.join(unused)}:"
+                " remove them, or freeze them with requires_grad_(False)"
+            )
+        self.network.load_state_dict(before)
+
+    @abstractmethod
+    def _used_parameters(self, example: Tensor) -> list[nn.Parameter]:
+        """The parameters that get a gradient from the output for `example`; no gradient is kept."""
+
+    @abstractmethod
+    def accumulate(self, sync: bool) -> contextlib.AbstractContextManager[None]:
+        """Surrounds the forward and backward of one micro-batch.
+
+        Gradients add up over micro-batches; `sync`, for the last one, sums them over ranks.
+        """
+
+    @abstractmethod
+    def backward(self, loss_share: Tensor) -> None:
+        """Adds the gradient of this rank's share of the loss; see `sgan_dist.parallel.collectives`."""
+
+    def clip_gradients(self) -> Tensor | None:
+        """Clips the global loss's gradient to `optim.clip_norm`, and returns its norm before that.
+
+        Returns None where the norm is known only after `step`.
+        """
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
+        return norm
+
+    def step(self, lr: float) -> Tensor | None:
+        """Takes one optimizer step at the learning rate `lr`, and clears the gradients.
+
+        Returns the norm where `clip_gradients` did not. If that is not finite, the step was skipped.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        return self._step()
+
+    @abstractmethod
+    def _step(self) -> Tensor | None: ...
+
+    def state(self) -> dict[str, Any]:
+        """Network and optimizer, whole, in the same form for every engine. All ranks call it."""
+        return {"network": self.network.state_dict(), "optimizer": self._optimizer_state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Loads what `state` of any engine returned, at this world size or another."""
+        self.network.load_state_dict(state["network"])
+        self._load_optimizer(state["optimizer"])
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        return self._optimizer.state_dict()  # type: ignore[no-any-return]
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state)
+
+
+class Backend(ABC):
+    """The processes of a run, with the device and precision of this one."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    """of the parameters, and of what the losses are computed in"""
+    wrapper: str
+    """what the networks run in, for `describe`"""
+
+    def __init__(self, config: Config) -> None:
+        self.precision = launcher.precision(config.machine.precision, os.environ)
+        self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
+
+    @abstractmethod
+    def prepare(self, network: nn.Module, lr: float, config: OptimConfig) -> Engine:
+        """Moves a network to the device, and returns it with its optimizer."""
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """bf16 for the networks, where the config asks for it; parameters keep their dtype."""
+        if self.precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def describe(self) -> str:
+        """One line: launcher, wrapper, processes, nodes, device, precision. All ranks call it."""
+        nodes = len(set(gather_objects(platform.node())))
+        if self.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.device)
+        else:
+            device = f"{self.device.type} with {plural(torch.get_num_threads(), 'thread')} each"
+        return (
+            f"{launcher.name(os.environ)}, {self.wrapper}, {plural(self.world_size, 'process')} on"
+            f" {plural(nodes, 'node')}, {device}, {self.precision}"
+        )
+
+
+def make_optimizer(network: nn.Module, lr: float, config: OptimConfig) -> torch.optim.Optimizer:
+    """Adam or SGD over all parameters of the network."""
+    parameters = list(network.parameters())
+    if config.name == "adam":
+        return torch.optim.Adam(parameters, lr, betas=config.betas, fused=True)
+    return torch.optim.SGD(parameters, lr, momentum=config.betas[0], fused=True)
+
+
+@contextlib.contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Turns off gradients for the parameters of `network`: they only flow through it."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,140 @@
+"""What started this process, according to its environment: ranks, threads and precision.
+
+`accelerate launch`, `torchrun` and `deepspeed` set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT; under `srun` alone they are made here from SLURM's variables; plain `python` has none and
+is a world of one. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Literal
+
+import psutil
+
+from sgan_dist.errors import UserError
+
+Precision = Literal["fp32", "bf16", "fp64"]
+
+# the launcher's --mixed_precision -> machine.precision
+PRECISIONS: dict[str, Precision] = {"no": "fp32", "bf16": "bf16"}
+CPU_RANKS = (
+    "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {n} launch/train.py"
+)
+
+
+def adopt_slurm(environ: MutableMapping[str, str]) -> None:
+    """Under `srun python launch/train.py`, one process a task, sets what a launcher would set.
+
+    Variables that exist are kept: under `srun accelerate launch`, the launchers set the ranks. The
+    process of a batch script itself, which srun did not start, stays a world of one.
+
+    Raises:
+        UserError: SLURM has no list of the tasks' nodes.
+    """
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "RANK" in environ or "SLURM_PROCID" not in environ or tasks == 1:
+        return
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        raise UserError(
+            "srun started several tasks, and SLURM_STEP_NODELIST, the list of their nodes, is not"
+            " set: set MASTER_ADDR, MASTER_PORT, RANK, LOCAL_RANK and WORLD_SIZE yourself"
+        )
+    variables = {
+        "RANK": environ["SLURM_PROCID"],
+        "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "WORLD_SIZE": str(tasks),
+        "MASTER_ADDR": first_host(nodes),
+        # the same for all tasks of a step; different for the jobs and steps of a node
+        "MASTER_PORT": str(
+            10_000 + (int(environ["SLURM_JOB_ID"]) * 31 + int(environ["SLURM_STEP_ID"])) % 20_000
+        ),
+    }
+    for name, value in variables.items():
+        environ.setdefault(name, value)
+
+
+def use_all_cores(environ: MutableMapping[str, str]) -> None:
+    """Removes the OMP_NUM_THREADS=1 that `accelerate launch` sets, if this is its only process.
+
+    Then torch takes its default, one thread a core. A number from the user stays, whether in the
+    launcher's own environment or in its options. To be called before torch is imported.
+    """
+    if name(environ) != "accelerate launch" or environ.get("WORLD_SIZE", "1") != "1":
+        return
+    parent = psutil.Process().parent()
+    if parent is None or "OMP_NUM_THREADS" in parent.environ():
+        return
+    if not any(word.startswith("--num_cpu_threads_per_process") for word in parent.cmdline()):
+        environ.pop("OMP_NUM_THREADS", None)
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a SLURM node list, such as `gpu[03-05,9]-ib,login1`: `gpu03-ib`."""
+    first = re.split(r",(?![^\[]*\])", nodes)[0]
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+
+
+def name(environ: Mapping[str, str]) -> str:
+    """The launcher's command, or what else set the ranks."""
+    if by_deepspeed(environ):
+        return "deepspeed"
+    if "ACCELERATE_MIXED_PRECISION" in environ:  # also where it runs torchrun
+        return "accelerate launch"
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return "torchrun"
+    if "RANK" in environ:
+        return "srun" if environ["RANK"] == environ.get("SLURM_PROCID") else "ranks by environment"
+    return "python"
+
+
+def is_main_process(environ: Mapping[str, str]) -> bool:
+    """Whether this process is rank 0, the only one that prints."""
+    return environ.get("RANK", "0") == "0"
+
+
+def by_deepspeed(environ: Mapping[str, str]) -> bool:
+    """Whether the `deepspeed` launcher started this process."""
+    return "CROSS_RANK" in environ and "LOCAL_SIZE" in environ
+
+
+def without_local_rank(argv: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """The command line without the `--local_rank=N` that the `deepspeed` launcher adds to it."""
+    added = f"--local_rank={environ.get('LOCAL_RANK')}" if by_deepspeed(environ) else None
+    return [argument for argument in argv if argument != added]
+
+
+def precision(setting: Literal["auto"] | Precision, environ: Mapping[str, str]) -> Precision:
+    """`machine.precision`, or for `auto` the launcher's --mixed_precision.
+
+    Raises:
+        UserError: the launcher's is not supported.
+    """
+    if setting != "auto":
+        return setting
+    mixed_precision = environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed_precision not in PRECISIONS:
+        raise UserError(
+            f"the launcher has --mixed_precision {mixed_precision}, which needs loss scaling, and that"
+            " skips steps: use --mixed_precision bf16 or no, or set --machine.precision"
+        )
+    return PRECISIONS[mixed_precision]
+
+
+def refuse_silent_single_process(environ: Mapping[str, str]) -> None:
+    """Raises UserError where accelerate was to start several processes and started one, as on CPU.
+
+    `accelerate launch --num_processes 2` then sets MASTER_PORT, as for several, but no RANK.
+    """
+    if "RANK" in environ or not {"MASTER_PORT", "ACCELERATE_USE_CPU"} <= environ.keys():
+        return
+    parent = psutil.Process().parent()
+    # A MASTER_PORT in the launcher's own environment is the user's.
+    if parent is not None and "MASTER_PORT" not in parent.environ():
+        raise UserError(
+            "accelerate launch should start several processes and started a single one, as it does on"
+            f" CPU: start several with {CPU_RANKS.format(n='N')}, or one with --num_processes 1; to"
+            " skip this check, set MASTER_PORT in the environment of accelerate launch"
+        )

@@ -1,0 +1,1 @@
+"""Operations: the training loop, its state, checks before it, stopping, tracking."""

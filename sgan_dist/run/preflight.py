@@ -1,0 +1,203 @@
+"""Before a run: its dataset, whether the batches can be shared, and what it will do, in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sgan_dist import checkpoint
+from sgan_dist.config import Config, result_settings, resumable
+from sgan_dist.data.index import INDEX_NAME, DatasetIndex, Shard, load_index
+from sgan_dist.data.loader import check_shares
+from sgan_dist.data.order import WindowedOrder, lane_cut, lane_length
+from sgan_dist.data.prepare.shards import prepare
+from sgan_dist.data.prepare.sources import source_name
+from sgan_dist.data.remote.urls import is_remote
+from sgan_dist.data.stream import window_samples
+from sgan_dist.errors import UserError, plural
+from sgan_dist.gan.networks import build
+from sgan_dist.parallel import launcher
+from sgan_dist.parallel.agreement import run_on_all, run_on_main
+from sgan_dist.parallel.backends import open_backend
+from sgan_dist.parallel.engine import Backend
+
+log = logging.getLogger(__name__)
+
+
+def plan(config: Config) -> str:
+    """Returns what `train(config)` would do under this launcher. Trains and writes nothing.
+
+    All ranks must call it.
+
+    Raises:
+        UserError: on every rank, if `train` would refuse the config.
+    """
+    config = resolve_precision(config)
+    backend = open_backend(config)
+    if must_prepare(config):
+        return f"{config.data.root} does not exist: a run first prepares {config.data.source}"
+    index = run_on_main(lambda: dataset(config))
+    check_world(config, index, backend.world_size)
+    config = refuse_other_run(config, index)
+    build(config, index.image_hwc, len(index.class_names), backend)
+    return f"{describe(config, index, backend)}\n{coverage(config, index, backend.world_size)}"
+
+
+def resolve_precision(config: Config) -> Config:
+    """Returns `config` with the launcher's precision in place of `auto`."""
+    precision = launcher.precision(config.machine.precision, os.environ)
+    machine = dataclasses.replace(config.machine, precision=precision)
+    return dataclasses.replace(config, machine=machine)
+
+
+def identity(config: Config, index: DatasetIndex) -> dict[str, Any]:
+    """Returns setting -> value of all that a run's result depends on, with the data's fingerprint."""
+    return result_settings(config) | {"data_fingerprint": index.fingerprint}
+
+
+def refuse_other_run(config: Config, index: DatasetIndex) -> Config:
+    """Returns the config with which the run in its directory continues, or starts.
+
+    Settings newer than the checkpoint are at the values that reproduce its version. All ranks call
+    it: rank 0 reads the checkpoint, and each rank keeps its own paths.
+
+    Raises:
+        UserError: the run directory holds a checkpoint of another run.
+    """
+    path, _ = run_on_main(lambda: checkpoint.latest(config.directory))
+    if path is None:
+        return config
+    meta = run_on_main(lambda: checkpoint.read_meta(path))
+
+    def resumed() -> Config:
+        continued, saved = resumable(config, meta["meaning"])
+        checkpoint.refuse_other_run(path, saved, identity(continued, index))
+        return continued
+
+    return run_on_all(resumed)
+
+
+def must_prepare(config: Config) -> bool:
+    """Returns whether the run first prepares its dataset, `data.source`, in `data.root`."""
+    data = config.data
+    if data.source is None or is_remote(data.root):
+        return False
+    return not (Path(data.root) / INDEX_NAME).exists()
+
+
+def dataset(config: Config) -> DatasetIndex:
+    """Returns the index of the dataset, which it first prepares if `data.root` does not exist.
+
+    Raises:
+        UserError: `data.root` is no dataset, or was prepared with other settings.
+    """
+    data = config.data
+    if data.source is not None and must_prepare(config):
+        log.info(f"preparing {data.source} in {data.root}")
+        prepare(data.source, data.root, data.labels_per_class, data.label_seed, data.validation)
+    index = load_index(data.root, config.remote)
+    if data.source is None:
+        return index
+    held_out = index.validation.samples
+    # setting: value in the dataset, value in the config
+    settings = {
+        "data.source": (index.source, source_name(data.source)),
+        "data.labels_per_class": (index.labels_per_class, data.labels_per_class),
+        "data.label_seed": (index.label_seed, data.label_seed),
+        "data.validation": (held_out, data.validation or held_out),
+    }
+    for key, (prepared, configured) in settings.items():
+        if prepared != configured:
+            raise UserError(
+                f"{data.root} was prepared with {key} {prepared}, and the config asks for"
+                f" {configured}: give another --data.root, or set {key} to {prepared}"
+            )
+    return index
+
+
+def check_world(config: Config, index: DatasetIndex, world_size: int) -> None:
+    """Raises UserError if the batches cannot be shared by `world_size` ranks."""
+    check_shares(index, config, world_size)
+    parts = config.batch.accumulation
+    if config.uses_generator and config.batch.fake % world_size:
+        raise UserError(
+            f"batch.fake is {config.batch.fake}, and {world_size} processes cannot share it evenly:"
+            f" give a multiple of {world_size}"
+        )
+    for name, batch in _batches(config, "fake").items():
+        share = batch // world_size
+        if share % parts:
+            raise UserError(
+                f"batch.accumulation is {parts}, and the {share} images of batch.{name} that each of"
+                f" {world_size} processes has cannot be split into as many equal parts"
+            )
+
+
+def describe(config: Config, index: DatasetIndex, backend: Backend) -> str:
+    """Returns what runs where, what a step is made of, and how long an epoch is. A collective."""
+    world, parts = backend.world_size, config.batch.accumulation
+    images = _batches(config, "generated")
+    windowed = any(index.split(name).order == "windowed" for name in config.batches)
+    step = " + ".join(f"{batch} {name}" for name, batch in images.items()) + " images"
+    if world > 1:
+        step += f", {' + '.join(str(batch // world) for batch in images.values())} a rank"
+    if parts > 1:
+        step += f" in {parts} parts"
+    if windowed:
+        step += f", {plural(config.stream.lanes, 'lane')}"
+    lines = [f"{config.name}: {backend.describe()}; a step is {step}"]
+    for name, batch in config.batches.items():
+        split = index.split(name)
+        order = "balanced" if config.batch.balanced and name == "labeled" else split.order
+        lines.append(
+            f"  {name:<9}  {plural(split.samples, 'image')} in {plural(len(split.shards), 'shard')},"
+            f" {order} order; an epoch is {split.samples / batch:.1f} steps,"
+            f" {config.train.steps * batch / split.samples:.1f} epochs in all"
+        )
+    lines.append(f"  {plural(config.train.steps, 'step')}; run directory {config.directory}")
+    return "\n".join(lines)
+
+
+def _batches(config: Config, fake: str) -> dict[str, int]:
+    """Returns the images of a step by name, the generated ones under the name `fake`."""
+    return config.batches | ({fake: config.batch.fake} if config.uses_generator else {})
+
+
+def coverage(config: Config, index: DatasetIndex, world_size: int) -> str:
+    """Returns what each rank reads: a whole split in full order, its lanes in windowed order.
+
+    A shard at the border of two lanes is read by both, and counted twice.
+    """
+    lines = []
+    for name, batch in config.batches.items():
+        split = index.split(name)
+        if split.order == "full":
+            reads = "every rank reads the whole split once, at the start"
+            lines.append(f"  {name:<9}  {reads}: {_size(split.shards)}")
+            continue
+        lanes, n = config.stream.lanes, split.samples
+        window = window_samples(split, lanes, config.stream.window_mib)
+        counts = [shard.samples for shard in split.shards]
+        order = WindowedOrder(counts, lanes, window, config.seed, name)
+        lines.append(
+            f"  {name:<9}  {lanes} lanes of about {n // lanes} samples, {batch // lanes} a step each,"
+            f" windows of {min(window, -(-n // lanes))}; epoch 0 of {_size(split.shards)}:"
+        )
+        for rank in range(world_size):
+            numbers: list[int] = []
+            for lane in range(rank * lanes // world_size, (rank + 1) * lanes // world_size):
+                start = lane_cut(n, lanes, lane, 0)
+                pieces = order.pieces(0, start, start + lane_length(n, lanes, lane, 0))
+                numbers += sorted({piece.shard for piece in pieces})
+            shards = [split.shards[number] for number in numbers]
+            lines.append(f"    rank {rank} reads {_size(shards)}")
+    return "\n".join(lines)
+
+
+def _size(shards: Sequence[Shard]) -> str:
+    mebibytes = sum(shard.bytes for shard in shards) / 2**20
+    return f"{plural(len(shards), 'shard')}, {mebibytes:,.1f} MiB"

@@ -1,0 +1,108 @@
+"""Requests to stop: TERM and Ctrl-C, a file named STOP in the run directory, the launcher's exit, the
+file that $SGAN_PREEMPTED names, and a SLURM job's time limit. Also the file that $SGAN_OUTCOME names,
+in which a batch script reads how the run ended.
+
+Imports nothing heavy: the handlers are installed before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+log = logging.getLogger(__name__)
+
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
+EXIT_SECONDS = 30.0  # of a job's time, reserved for what follows the last step and its save
+# torchrun, accelerate and deepspeed set one of these in their workers
+LAUNCHER_VARIABLES = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "CROSS_RANK"}
+
+_received: signal.Signals | None = None
+_stop_file: Path | None = None
+_launcher_pid = os.getppid() if LAUNCHER_VARIABLES & os.environ.keys() else None
+_preempted_file = os.environ.get("SGAN_PREEMPTED")  # created by a batch script
+_end_time = float(os.environ.get("SLURM_JOB_END_TIME") or "inf")  # seconds since the epoch
+_save_seconds = 0.0
+
+
+def catch_signals() -> None:
+    """Makes the first TERM or Ctrl-C set a flag, and a second one end the process."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _on_signal)
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    global _received
+    if _received is not None:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+    _received = signal.Signals(number)
+
+
+def watch_stop_file(run: Path) -> None:
+    """Makes a file named STOP in `run` a request to stop."""
+    global _stop_file
+    _stop_file = run / "STOP"
+
+
+def set_save_time(save_seconds: float) -> None:
+    """Sets the time of the slowest save so far.
+
+    A run stops when EXIT_SECONDS and twice this are left of the job's time.
+    """
+    global _save_seconds
+    _save_seconds = save_seconds
+
+
+def stop_requested() -> str | None:
+    """Returns the reason why this process should stop; None if it should not."""
+    if _received is not None:
+        return _received.name
+    if stopped_by_hand():
+        return "a STOP file"
+    if _launcher_pid is not None and os.getppid() != _launcher_pid:
+        return "the launcher's exit"
+    if _preempted_file is not None and os.path.exists(_preempted_file):  # noqa: PTH110 - every step
+        return "the batch system"
+    if time.time() > _end_time - EXIT_SECONDS - 2 * _save_seconds:
+        return "the job's time limit"
+    return None
+
+
+def stopped_by_hand() -> bool:
+    """Returns whether there is a STOP file, after which a batch script must not restart the run."""
+    return _stop_file is not None and _stop_file.exists()
+
+
+def remove_stop_file() -> None:
+    """Removes the STOP file: the run has ended."""
+    if _stop_file is not None:
+        _stop_file.unlink(missing_ok=True)
+
+
+def write_outcome(outcome: str) -> None:
+    """Writes how the run ended to the file that a batch script has named in $SGAN_OUTCOME.
+
+    `done`, `stopped` (by a STOP file), `preempted`, `try again`, or `failed: ` and the reason. Without
+    the file a batch script takes the run for one that was killed.
+    """
+    if "SGAN_OUTCOME" in os.environ:
+        try:
+            Path(os.environ["SGAN_OUTCOME"]).write_text(outcome + "\n")
+        except OSError as error:
+            log.warning(f"cannot write the outcome {outcome!r} for the batch script: {error}")
+
+
+def exit_code(by_hand: bool) -> int:
+    """Returns the exit code of a stopped run: 128 + signal, or TRY_AGAIN without a signal.
+
+    0 if it was stopped by hand, or if a batch script reads its outcome: on any other code launchers
+    print a long error report and end the processes of the other nodes.
+    """
+    if by_hand or "SGAN_OUTCOME" in os.environ:
+        return 0
+    return TRY_AGAIN if _received is None else 128 + _received

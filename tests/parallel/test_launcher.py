@@ -1,0 +1,202 @@
+"""What started a process, according to the environments that launchers really set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sgan_dist.errors import UserError
+from sgan_dist.parallel import launcher
+from tests.ranks import free_port, run
+
+SRUN = {
+    "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+}
+
+
+def test_srun_alone_sets_ranks() -> None:
+    environ = dict(SRUN)
+    launcher.adopt_slurm(environ)
+    variables = {k: environ[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    assert variables == {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu07"}
+    assert 10_000 <= int(environ["MASTER_PORT"]) < 30_000
+    assert launcher.name(environ) == "srun"
+    other = SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    launcher.adopt_slurm(other)
+    assert other["MASTER_PORT"] == environ["MASTER_PORT"]
+    step = SRUN | {"SLURM_STEP_ID": "1"}
+    launcher.adopt_slurm(step)
+    assert step["MASTER_PORT"] != environ["MASTER_PORT"]
+    by_user = SRUN | {"MASTER_PORT": "4000", "MASTER_ADDR": "10.0.0.1"}
+    launcher.adopt_slurm(by_user)
+    assert by_user["MASTER_PORT"] == "4000" and by_user["MASTER_ADDR"] == "10.0.0.1"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"},  # a batch script's own
+        SRUN | {"SLURM_STEP_NUM_TASKS": "1"},
+        SRUN | {"RANK": "3"},  # accelerate launch under srun
+    ],
+    ids=["plain", "batch", "one task", "launched"],
+)
+def test_other_processes_are_left_alone(environ: dict[str, str]) -> None:
+    before = dict(environ)
+    launcher.adopt_slurm(environ)
+    assert environ == before
+
+
+def test_srun_without_a_node_list_is_refused() -> None:
+    environ = {key: value for key, value in SRUN.items() if key != "SLURM_STEP_NODELIST"}
+    with pytest.raises(UserError, match=r"SLURM_STEP_NODELIST.* is not set.*MASTER_ADDR"):
+        launcher.adopt_slurm(environ)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("gpu[03-05,9]", "gpu03"),
+        ("gpu[3,7]-ib,login1", "gpu3-ib"),
+        ("a-b[001-128],c", "a-b001"),
+        ("rack[1-2]gpu[3-4,9]", "rack1gpu3"),
+    ],
+)
+def test_first_host(nodes: str, first: str) -> None:
+    assert launcher.first_host(nodes) == first
+
+
+def test_the_config_comes_before_the_launchers_precision() -> None:
+    assert launcher.precision("auto", {}) == "fp32"
+    assert launcher.precision("auto", {"ACCELERATE_MIXED_PRECISION": "no"}) == "fp32"
+    assert launcher.precision("auto", {"ACCELERATE_MIXED_PRECISION": "bf16"}) == "bf16"
+    assert launcher.precision("fp32", {"ACCELERATE_MIXED_PRECISION": "bf16"}) == "fp32"
+    assert launcher.precision("bf16", {"ACCELERATE_MIXED_PRECISION": "fp16"}) == "bf16"
+    for half in ("fp16", "fp8"):
+        with pytest.raises(
+            UserError, match=f"--mixed_precision {half}.*bf16 or no.*--machine.prec"
+        ):
+            launcher.precision("auto", {"ACCELERATE_MIXED_PRECISION": half})
+
+
+def test_the_deepspeed_launcher_and_its_argument() -> None:
+    environ = {"CROSS_RANK": "0", "LOCAL_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1"}
+    assert launcher.name(environ) == "deepspeed"
+    argv = ["--local_rank=1", "--seed=2", "--local_rank=7"]
+    assert launcher.without_local_rank(argv, environ) == ["--seed=2", "--local_rank=7"]
+    assert launcher.without_local_rank(argv, {"LOCAL_RANK": "1"}) == argv
+
+
+ACCELERATE = ("accelerate", "launch")
+PLAN = ("-m", "sgan_dist", "plan")
+TWO = "--nproc_per_node=2"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("command", "more", "expected"),
+    [
+        pytest.param(
+            ("python", *PLAN),
+            {},
+            "python, no wrapper, 1 process on 1 node",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (*ACCELERATE, "--mixed_precision", "bf16", *PLAN),
+            {},
+            "accelerate launch, no wrapper, 1 process on 1 node, cpu with 1 thread each, bf16",
+            marks=pytest.mark.slow,
+        ),
+        (
+            (*ACCELERATE, "--mixed_precision", "bf16", *PLAN, "--machine.precision=fp32"),
+            {},
+            "cpu with 1 thread each, fp32",
+        ),
+        (("torchrun", "--standalone", TWO, *PLAN), {}, "torchrun, DDP, 2 processes on 1 node"),
+        (
+            (*ACCELERATE, "--multi_gpu", "--num_processes", "2", *PLAN),
+            {"ACCELERATE_USE_CPU": "true"},
+            "accelerate launch, DDP, 2 processes on 1 node, cpu with 1 thread each, fp32; a step is"
+            " 32 labeled + 64 unlabeled + 32 generated images, 16 + 32 + 16 a rank",
+        ),
+    ],
+    ids=["python", "accelerate", "precedence", "torchrun", "accelerate-two"],
+)
+def test_every_launcher_arrives(
+    command: tuple[str, ...], more: dict[str, Any], expected: str, digits: Path, tmp_path: Path
+) -> None:
+    options = (f"--data.root={digits}", f"--run_dir={tmp_path}/run")
+    code, output = run(*command, *options, **more)
+    assert code == 0 and expected in " ".join(output.split()), output
+
+
+@pytest.mark.process
+def test_accelerate_with_one_process_uses_all_cores(digits: Path, tmp_path: Path) -> None:
+    count = ("python", "-c", "import torch; print(torch.get_num_threads())")
+    code, cores = run(*count, OMP_NUM_THREADS=None)
+    assert code == 0, cores
+    plan = (*PLAN, f"--data.root={digits}", f"--run_dir={tmp_path}/run")
+    for option, threads in (((), cores.strip()), (("--num_cpu_threads_per_process=1",), "1")):
+        code, output = run(*ACCELERATE, *option, *plan, OMP_NUM_THREADS=None)
+        assert code == 0 and f"cpu with {threads} thread" in output, output
+
+
+@pytest.mark.process
+def test_a_users_accelerate_config_is_read(digits: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home" / "accelerate"
+    home.mkdir(parents=True)
+    config = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nuse_cpu: true\n"
+    command = (*ACCELERATE, *PLAN, f"--data.root={digits}", f"--run_dir={tmp_path}/run")
+    for precision, code, expected in (("bf16", 0, " bf16;"), ("fp16", 2, "--mixed_precision fp16")):
+        (home / "default_config.yaml").write_text(f"{config}mixed_precision: {precision}\n")
+        exit_code, output = run(*command, HF_HOME=str(tmp_path / "home"))
+        assert (exit_code != 0) == (code != 0) and expected in output, output
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (("deepspeed", "--num_accelerators", "2"), "deepspeed, DeepSpeed ZeRO stage 1, 2 proc"),
+        (
+            (*ACCELERATE, "--use_deepspeed", "--num_processes", "2", "--zero_stage", "2"),
+            "accelerate launch, DeepSpeed ZeRO stage 2, 2 proc",
+        ),
+        (
+            (
+                *(*ACCELERATE, "--use_deepspeed", "--num_processes", "2"),
+                *("--deepspeed_config_file", "configs/deepspeed/zero1.json"),
+            ),
+            "accelerate launch, DeepSpeed ZeRO stage 1, 2 proc",
+        ),
+        (
+            ("torchrun", "--standalone", TWO),
+            "torchrun, DeepSpeed ZeRO stage 2 with the optimizer on the CPU, 2 proc",
+        ),
+    ],
+    ids=["deepspeed", "zero_stage", "config_file", "torchrun"],
+)
+def test_every_way_to_deepspeed(
+    command: tuple[str, ...], expected: str, digits: Path, tmp_path: Path
+) -> None:
+    named = ("--machine.deepspeed=configs/deepspeed/zero2_offload.json",)
+    more = named if command[0] == "torchrun" else ()
+    plan = PLAN
+    if command[0] == "deepspeed":
+        command = (*command, "--master_port", str(free_port()))
+        plan = ("--module", *PLAN[1:])
+    options = (f"--data.root={digits}", f"--run_dir={tmp_path}/run", *more)
+    code, output = run(*command, *plan, *options, DS_ACCELERATOR="cpu")
+    assert code == 0 and expected in output, output
