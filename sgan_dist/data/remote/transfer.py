@@ -38,6 +38,7 @@ from sgan_dist.errors import TransientError, UserError
 BACKOFF_SECONDS = 1.0  # maximum before the second attempt; doubled before each further one
 LONGEST_WAIT_SECONDS = 60.0
 POLL_SECONDS = 0.2  # how soon a stopped download ends
+CONNECT_SECONDS = 30.0  # not `read_timeout`: a busy machine or a far server is no stalled one
 # errors of a full or read-only disk; never those of a network
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
@@ -225,7 +226,7 @@ def _download_http(location: str, url: str, headers: dict[str, str], attempt: _A
         headers={"Accept-Encoding": "identity", **headers},
         # no `total`, which would limit the time for a whole shard
         timeout=aiohttp.ClientTimeout(
-            total=None, sock_connect=attempt.timeout, sock_read=attempt.timeout
+            total=None, sock_connect=CONNECT_SECONDS, sock_read=attempt.timeout
         ),
     )
     try:
@@ -259,7 +260,7 @@ def _download_s3(location: str, attempt: _Attempt) -> None:
     s3 = S3FileSystem(
         config_kwargs={
             **fsspec.config.conf.get("s3", {}).get("config_kwargs", {}),
-            "connect_timeout": attempt.timeout,
+            "connect_timeout": CONNECT_SECONDS,
             "read_timeout": attempt.timeout,
             "retries": {"total_max_attempts": 1},
         }

@@ -18,7 +18,7 @@ from tests.servers import FolderServer
 BODY = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
 SHA256 = hashlib.sha256(BODY).hexdigest()
 PATIENT = RemoteConfig(tries=3, read_timeout=30.0)
-HASTY = RemoteConfig(tries=3, read_timeout=0.5)  # for servers that stall
+HASTY = RemoteConfig(tries=3, read_timeout=1.0)  # for servers that stall
 
 
 class Place(NamedTuple):

@@ -162,8 +162,8 @@ def test_no_password_in_messages(cache: Path) -> None:
 
 def test_a_slow_server_and_a_small_timeout(server: FolderServer, cache: Path) -> None:
     shard = put(server.folder, "a.tar")
-    server.faults["/a.tar"] = slow(pieces=8, seconds=0.2)
-    store = storage(server.url, cache, remote=RemoteConfig(tries=1, read_timeout=1.0))
+    server.faults["/a.tar"] = slow(pieces=8, seconds=0.3)  # 2.4 s in all
+    store = storage(server.url, cache, remote=RemoteConfig(tries=1, read_timeout=2.0))
     assert content(store, shard) == body("a.tar")
 
 

@@ -77,6 +77,11 @@ def test_read(place: Place) -> None:
 # Faults
 
 
+def patience(fault: Fault) -> RemoteConfig:
+    """Only a server that stalls needs a short timeout; on a busy machine others may be slow."""
+    return HASTY if fault in (stall, silence) else PATIENT
+
+
 @pytest.mark.parametrize(
     "fault",
     [status(500), status(503), status(429), status(408), drop, cut, garble, stall, silence],
@@ -85,7 +90,7 @@ def test_read(place: Place) -> None:
 def test_a_fault_that_passes(place: Place, target: Path, fault: Fault) -> None:
     server, location, path = place
     server.faults[path] = [fault, fault]
-    fetch(location, target, HASTY, len(BODY), SHA256)
+    fetch(location, target, patience(fault), len(BODY), SHA256)
     assert target.read_bytes() == BODY
     assert server.requests == {path: 3}
     assert list(target.parent.iterdir()) == [target]
@@ -115,9 +120,11 @@ def test_a_fault_that_passes(place: Place, target: Path, fault: Fault) -> None:
 def test_a_fault_that_stays(place: Place, target: Path, fault: Fault, message: str) -> None:
     server, location, path = place
     server.faults[path] = fault
+    start = time.monotonic()
     with pytest.raises(UserError, match=message.replace("LOCATION", location)) as caught:
-        fetch(location, target, HASTY, len(BODY), SHA256)
+        fetch(location, target, patience(fault), len(BODY), SHA256)
     assert server.requests == {path: 3}  # no library retries by itself
+    assert time.monotonic() - start < 3 * 15  # none waits for its own timeout, 15 s or more
     assert is_clean(target)
     assert not isinstance(caught.value, Missing | Denied)
 
@@ -188,19 +195,10 @@ def test_a_folder_that_cannot_be_written(server: FolderServer, tmp_path: Path) -
 # Waiting and stopping
 
 
-def test_no_library_waits_longer(place: Place, target: Path) -> None:
-    server, location, path = place
-    server.faults[path] = stall
-    # with a library's own timeout, of 15 seconds or more, this test would not end in time
-    with pytest.raises(UserError, match=r", 9 tries\)"):
-        fetch(location, target, RemoteConfig(tries=9, read_timeout=0.25))
-    assert server.requests == {path: 9}
-
-
 def test_a_slow_server_is_not_a_stalled_one(place: Place, target: Path) -> None:
     server, location, path = place
-    server.faults[path] = slow(pieces=10, seconds=0.2)  # two seconds in all
-    remote = RemoteConfig(tries=1, read_timeout=1.0)
+    server.faults[path] = slow(pieces=8, seconds=0.3)  # 2.4 s in all
+    remote = RemoteConfig(tries=1, read_timeout=2.0)
     fetch(location, target, remote, len(BODY), SHA256)
     assert target.read_bytes() == BODY
     assert server.requests == {path: 1}

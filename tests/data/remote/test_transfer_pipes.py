@@ -60,7 +60,7 @@ def test_a_command_that_stalls(tmp_path: Path, target: Path, leader: str) -> Non
     # a child of the shell holds the pipe; or the shell closed it and runs on; or it has ended
     holds = "" if leader != "exec >&-; wait" else " >/dev/null"
     stalled = f"pipe:echo some; sleep 3600{holds} & echo $! >> {tmp_path}/pids; {leader}"
-    with pytest.raises(UserError, match=r"\(no (byte for|end) 0.5 seconds.*, 3 tries\)"):
+    with pytest.raises(UserError, match=r"\(no (byte for|end) 1 seconds.*, 3 tries\)"):
         fetch(stalled, target, HASTY)
     pids = [int(line) for line in (tmp_path / "pids").read_text().split()]
     assert len(pids) == 3
@@ -96,6 +96,6 @@ def test_stopping_a_command_that_writes(target: Path) -> None:
 
 @pytest.mark.process
 def test_a_slow_command_is_not_a_stalled_one(target: Path) -> None:
-    slowly = "pipe:for i in 1 2 3 4 5 6 7 8; do printf x; sleep 0.2; done"
-    fetch(slowly, target, RemoteConfig(tries=1, read_timeout=1.0), size=8)
+    slowly = "pipe:for i in 1 2 3 4 5 6 7 8; do printf x; sleep 0.3; done"  # 2.4 s in all
+    fetch(slowly, target, RemoteConfig(tries=1, read_timeout=2.0), size=8)
     assert target.read_bytes() == b"x" * 8
