@@ -111,9 +111,14 @@ def refuse_other_run(path: Path, saved: dict[str, Any], current: dict[str, Any])
 
 
 def weights_sha256(networks: dict[str, torch.nn.Module]) -> str:
-    """Returns the sha256 of all parameters and buffers, in name order: equal weights, equal digest."""
+    """Returns the sha256 of all parameters and buffers, in name order: equal weights, equal digest.
+
+    Extra state that is no tensor is left out.
+    """
     digest = hashlib.sha256()
     for key, value in sorted(torch.nn.ModuleDict(networks).state_dict().items()):
+        if not isinstance(value, torch.Tensor):
+            continue
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(as_bytes(value))
     return digest.hexdigest()

@@ -22,6 +22,7 @@ class WithBatchNorm(nn.Module):
         self.conv = nn.Conv2d(image_chw[0], 8, 5, stride=4)
         self.norm = GlobalBatchNorm(8)
         self.head = nn.Linear(8, outputs)
+        self.forwards = 0  # of this network: others of its class are tried before a run
 
     def forward(self, images: Tensor, rng: GlobalRandom | None = None) -> DiscriminatorOutput:
         features = F.relu(self.norm(self.conv(images))).mean((2, 3))
@@ -37,12 +38,10 @@ class WithUnusedParameter(WithBatchNorm):
 class HangsAtTheFirstStart(WithBatchNorm):
     """Rank 1 hangs after some steps, as if its file system were gone, until SLURM restarts it."""
 
-    forwards = 0
-
     def forward(self, images: Tensor, rng: GlobalRandom | None = None) -> DiscriminatorOutput:
-        HangsAtTheFirstStart.forwards += 1
+        self.forwards += 1
         first = "SLURM_RESTART_COUNT" not in os.environ
-        if first and HangsAtTheFirstStart.forwards == 100 and os.environ.get("RANK") == "1":
+        if first and self.forwards == 100 and os.environ.get("RANK") == "1":
             wait_for_nothing()
         return super().forward(images, rng)
 
@@ -50,11 +49,9 @@ class HangsAtTheFirstStart(WithBatchNorm):
 class ChangesOnRankOne(WithBatchNorm):
     """Changes one of its weights on rank 1 after some steps, so that the replicas differ."""
 
-    forwards = 0
-
     def forward(self, images: Tensor, rng: GlobalRandom | None = None) -> DiscriminatorOutput:
-        ChangesOnRankOne.forwards += 1
-        if ChangesOnRankOne.forwards == 20 and os.environ.get("RANK") == "1":
+        self.forwards += 1
+        if self.forwards == 20 and os.environ.get("RANK") == "1":
             with torch.no_grad():
                 self.head.weight[0, 0] += 1e-6
         return super().forward(images, rng)
@@ -70,11 +67,9 @@ class Crashes(WithBatchNorm):
 class CrashesWhenToldToLeave(WithBatchNorm):
     """At the first start it waits in the middle of a step for the batch script's file, then fails."""
 
-    forwards = 0
-
     def forward(self, images: Tensor, rng: GlobalRandom | None = None) -> DiscriminatorOutput:
-        CrashesWhenToldToLeave.forwards += 1
-        if "SLURM_RESTART_COUNT" not in os.environ and CrashesWhenToldToLeave.forwards == 150:
+        self.forwards += 1
+        if "SLURM_RESTART_COUNT" not in os.environ and self.forwards == 150:
             print("waits to be told", flush=True)
             while not os.path.exists(os.environ["SGAN_PREEMPTED"]):  # noqa: PTH110
                 time.sleep(0.1)

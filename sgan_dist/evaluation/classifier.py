@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from sgan_dist.config import RENAMED_NETWORKS, Config
 from sgan_dist.data.index import DatasetIndex
 from sgan_dist.errors import UserError
+from sgan_dist.files import write_whole
 from sgan_dist.gan import losses
 from sgan_dist.gan.networks import DiscriminatorSpec
 from sgan_dist.gan.pixels import SCALING, PixelScaling, images_to_float
@@ -40,9 +41,7 @@ class Classifier:
         return cls(network, spec, tuple(index.class_names), config.loss.form)
 
     @classmethod
-    def from_state(
-        cls, state: dict[str, Tensor], config: Config, index: DatasetIndex
-    ) -> Classifier:
+    def from_state(cls, state: dict[str, Any], config: Config, index: DatasetIndex) -> Classifier:
         """The same with a new network, in eval mode, that holds the weights `state`."""
         spec = DiscriminatorSpec.of(config, index.image_hwc, len(index.class_names))
         return cls.of(_network(spec, state), config, index)
@@ -94,11 +93,18 @@ def save_classifier(path: Path, classifier: Classifier) -> None:
         "scaling": dataclasses.asdict(classifier.scaling),  # x = pixel / divisor + offset
     }
     state = classifier.network.state_dict()
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    # a copy each: tied weights lie in the file under each of their names
+    tensors = {
+        k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for k, v in state.items()
+        if isinstance(v, Tensor)
+    }
+    if extra_state := {key: value for key, value in state.items() if key not in tensors}:
+        about["extra_state"] = extra_state
     try:
-        save_file(tensors, path, metadata={"sgan_dist": json.dumps(about)})
-    except SafetensorError as error:  # safetensors' form of an OSError
-        raise UserError(f"cannot write {path}: {error}") from error
+        write_whole(path, save(tensors, {"sgan_dist": json.dumps(about)}))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def load_classifier(path: str | os.PathLike[str]) -> Classifier:
@@ -125,11 +131,12 @@ def load_classifier(path: str | os.PathLike[str]) -> Classifier:
         about["outputs"],
     )
     scaling = PixelScaling(**about["scaling"]) if "scaling" in about else SCALING
-    network = _network(spec, load_file(path))
+    network = _network(spec, load_file(path) | about.get("extra_state", {}))
     return Classifier(network, spec, tuple(about["class_names"]), about["form"], scaling)
 
 
-def _network(spec: DiscriminatorSpec, state: dict[str, Tensor]) -> nn.Module:
-    network = spec.build().to(next(iter(state.values())).dtype)
+def _network(spec: DiscriminatorSpec, state: dict[str, Any]) -> nn.Module:
+    tensors = (value for value in state.values() if isinstance(value, Tensor))
+    network = spec.build().to(next(value.dtype for value in tensors if value.is_floating_point()))
     network.load_state_dict(state)
     return network.eval()

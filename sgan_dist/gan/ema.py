@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
@@ -16,10 +18,14 @@ def update(
 
     The half-life is counted in images, so it means the same at any batch size. At first it is
     `rampup` times the images seen, so that the average forgets the initial weights: `ema_rampup` in
-    the code of StyleGAN2-ADA (Karras et al. 2020, arXiv:2006.06676). Buffers are copied.
+    the code of StyleGAN2-ADA (Karras et al. 2020, arXiv:2006.06676). Buffers and extra state are
+    copied.
     """
     half_life = min(config.half_life, config.rampup * seen) if config.rampup else config.half_life
     keep = 0.5 ** (batch / half_life)
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - keep)
     for target, source in zip(average.buffers(), network.buffers(), strict=True):
         target.copy_(source)
+    for target_module, module in zip(average.modules(), network.modules(), strict=True):
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            target_module.set_extra_state(copy.deepcopy(module.get_extra_state()))

@@ -17,7 +17,6 @@ from sgan_dist.gan import ema
 from sgan_dist.gan.models import build_discriminator, build_generator
 from sgan_dist.gan.models.base import CHW, data_dependent_init
 from sgan_dist.gan.pixels import images_to_float
-from sgan_dist.parallel.batchnorm import GlobalBatchNorm
 from sgan_dist.parallel.collectives import differing_replica, gather_batch
 from sgan_dist.parallel.engine import Backend, Engine
 from sgan_dist.parallel.random import BatchSlice, GlobalRandom
@@ -55,6 +54,7 @@ class SGAN:
             f"{name}.{key}": value
             for name, network in self.networks().items()
             for key, value in network.state_dict().items()
+            if isinstance(value, Tensor)  # not a network's extra state
         }
         name = differing_replica(tensors)
         if name is not None:
@@ -107,20 +107,12 @@ class DiscriminatorSpec:
 def build(config: Config, image_hwc: tuple[int, int, int], classes: int, backend: Backend) -> SGAN:
     """The networks for images (H, W, C), with the same initial values on every rank.
 
-    Raises:
-        UserError: a network does not fit the images or the config, or has unused parameters.
+    `sgan_dist.gan.gate` says before a run whether they can be trained.
     """
     model, optim = config.model, config.optim
     torch.manual_seed(config.seed)
     spec = DiscriminatorSpec.of(config, image_hwc, classes)
     discriminator = spec.build()
-    norms = (GlobalBatchNorm, nn.modules.batchnorm._BatchNorm)
-    if config.batch.accumulation > 1 and any(isinstance(m, norms) for m in discriminator.modules()):
-        raise UserError(
-            f"batch.accumulation is {config.batch.accumulation}, and the discriminator has batch norm,"
-            " whose statistics over a micro-batch are not those of the batch: use more processes"
-            " instead, or a discriminator without batch norm"
-        )
     generator = None
     if config.uses_generator:
         assert model.generator is not None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from sgan_dist.config import Config
 from sgan_dist.errors import UserError
 from sgan_dist.parallel import launcher
+from sgan_dist.parallel.collectives import leave_at_exit
 from sgan_dist.parallel.ddp import AccelerateBackend
 from sgan_dist.parallel.deepspeed_config import requested
 from sgan_dist.parallel.engine import Backend
@@ -19,6 +22,7 @@ def open_backend(config: Config) -> Backend:
         UserError: the number of processes is not the requested one, or DeepSpeed is not installed.
     """
     launcher.refuse_silent_single_process(os.environ)
+    launcher.check_gpus(os.environ, torch.cuda.device_count())
     zero = requested(config.machine.deepspeed, os.environ)
     backend: Backend
     if zero is None:
@@ -27,6 +31,7 @@ def open_backend(config: Config) -> Backend:
         from sgan_dist.parallel.deepspeed import DeepSpeedBackend  # imports an optional dependency
 
         backend = DeepSpeedBackend(config, zero)
+    leave_at_exit()
     expected = config.machine.world_size
     if expected is not None and expected != backend.world_size:
         raise UserError(

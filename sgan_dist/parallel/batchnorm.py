@@ -27,15 +27,15 @@ class GlobalBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            return self.normalize(x, track=True)
-        return self._affine(x, self.running_mean, self.running_var)
+        return self.normalize(x, track=True)
 
     def normalize(self, x: Tensor, track: bool) -> Tensor:
-        """Returns `x` normalized by its own global mean and variance.
+        """Returns `x` normalized by its own global mean and variance; in eval mode by the averages.
 
         With `track`, the running averages follow them, unless the layer is frozen.
         """
+        if not self.training:
+            return self._affine(x, self.running_mean, self.running_var)
         values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         axes = [d for d in range(values.dim()) if d != 1]
         count = x.numel() // x.shape[1] * world_size()  # equal on all ranks

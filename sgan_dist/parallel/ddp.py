@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import warnings
 from typing import Any
@@ -36,17 +37,19 @@ class DDPEngine(Engine):
         """Returns the output of the DDP wrapper, whose backward averages gradients over ranks."""
         return self._wrapped(*inputs)
 
-    def _used_parameters(self, example: Tensor) -> list[nn.Parameter]:
-        """Goes through the wrapper, so that DDP orders its gradient buckets before the first step.
+    def warm_up(self, example: Tensor) -> None:
+        """Lets DDP order its gradient buckets before the first step.
 
         DDP does so in its first backward, and sums in another order from then on: without this a
         resumed run would differ from an uninterrupted one in the last bits.
         """
+        if self._wrapped is self.network:
+            return
+        before = copy.deepcopy(self.network.state_dict())
         output = self._wrapped(example)
-        (output if isinstance(output, Tensor) else output[0]).sum().backward()
-        used = [p for p in self._parameters if p.grad is not None]
+        (output if isinstance(output, Tensor) else output.logits).sum().backward()
         self._optimizer.zero_grad(set_to_none=True)
-        return used
+        self.network.load_state_dict(before)
 
     def accumulate(self, sync: bool) -> contextlib.AbstractContextManager[None]:
         """Without `sync`, DDP's own `no_sync`."""

@@ -52,14 +52,6 @@ class DeepSpeedEngine(Engine):
             return output.view_as(output)
         return type(output)(*(tensor.view_as(tensor) for tensor in output))
 
-    def _used_parameters(self, example: Tensor) -> list[nn.Parameter]:
-        """Runs the plain network without `backward`, which would start the engine's hooks."""
-        output = self.network(example)
-        total = (output if isinstance(output, Tensor) else output[0]).sum()
-        trained = list(self._trained.values())
-        gradients = torch.autograd.grad(total, trained, allow_unused=True)
-        return [p for p, gradient in zip(trained, gradients, strict=True) if gradient is not None]
-
     @contextlib.contextmanager
     def accumulate(self, sync: bool) -> Iterator[None]:
         """Marks the last micro-batch of a step for DeepSpeed."""

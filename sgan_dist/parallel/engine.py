@@ -7,7 +7,6 @@ An `Engine` trains one network, a `Backend` is the processes of a run. `sgan_dis
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import platform
 from abc import ABC, abstractmethod
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sgan_dist.config import Config, OptimConfig
-from sgan_dist.errors import UserError, plural
+from sgan_dist.errors import plural
 from sgan_dist.parallel import launcher
 from sgan_dist.parallel.collectives import gather_objects
 
@@ -43,26 +42,8 @@ class Engine(ABC):
     def forward(self, *inputs: Any) -> Any:
         """Returns the network's output; `backward` sums its gradients over ranks."""
 
-    def warm_up(self, example: Tensor) -> None:
-        """Makes the first step like all later ones, by a forward and backward over `example`.
-
-        Raises:
-            UserError: a trained parameter gets no gradient; several ranks would wait for it.
-        """
-        before = copy.deepcopy(self.network.state_dict())
-        used = {id(parameter) for parameter in self._used_parameters(example)}
-        named = self.network.named_parameters()
-        unused = [name for name, p in named if p.requires_grad and id(p) not in used]
-        if unused:
-            raise UserError(
-                f"{type(self.network).__name__} does not use its parameters {', '.join(unused)}:"
-                " remove them, or freeze them with requires_grad_(False)"
-            )
-        self.network.load_state_dict(before)
-
-    @abstractmethod
-    def _used_parameters(self, example: Tensor) -> list[nn.Parameter]:
-        """The parameters that get a gradient from the output for `example`; no gradient is kept."""
+    def warm_up(self, example: Tensor) -> None:  # noqa: B027 - only DDP needs it
+        """Makes the first step like all later ones, by a forward and backward if that is needed."""
 
     @abstractmethod
     def accumulate(self, sync: bool) -> contextlib.AbstractContextManager[None]:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import psutil
 
-from sgan_dist.errors import UserError
+from sgan_dist.errors import UserError, plural
 
 Precision = Literal["fp32", "bf16", "fp64"]
 
@@ -69,6 +69,16 @@ def use_all_cores(environ: MutableMapping[str, str]) -> None:
         return
     if not any(word.startswith("--num_cpu_threads_per_process") for word in parent.cmdline()):
         environ.pop("OMP_NUM_THREADS", None)
+
+
+def check_gpus(environ: Mapping[str, str], gpus: int) -> None:
+    """Raises UserError if a node with GPUs has fewer of them than processes: NCCL needs one each."""
+    processes = int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or "1")
+    if 0 < gpus < processes and environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true"):
+        raise UserError(
+            f"{processes} processes were started on a node with {plural(gpus, 'GPU')}: start one for"
+            f" each GPU (--num_processes {gpus}), or train on the CPU with ACCELERATE_USE_CPU=true"
+        )
 
 
 def first_host(nodes: str) -> str:

@@ -19,7 +19,7 @@ from sgan_dist.data.prepare.sources import source_name
 from sgan_dist.data.remote.urls import is_remote
 from sgan_dist.data.stream import window_samples
 from sgan_dist.errors import UserError, plural
-from sgan_dist.gan.networks import build
+from sgan_dist.gan.gate import check_networks
 from sgan_dist.parallel import launcher
 from sgan_dist.parallel.agreement import run_on_all, run_on_main
 from sgan_dist.parallel.backends import open_backend
@@ -43,7 +43,7 @@ def plan(config: Config) -> str:
     index = run_on_main(lambda: dataset(config))
     check_world(config, index, backend.world_size)
     config = refuse_other_run(config, index)
-    build(config, index.image_hwc, len(index.class_names), backend)
+    check_networks(config, index.image_hwc, len(index.class_names), backend)
     return f"{describe(config, index, backend)}\n{coverage(config, index, backend.world_size)}"
 
 

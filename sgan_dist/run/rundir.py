@@ -19,6 +19,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
+from sgan_dist import __version__
 from sgan_dist.config import Config, find_config, save
 from sgan_dist.data.remote.urls import is_remote
 from sgan_dist.errors import TransientError, UserError
@@ -150,8 +151,9 @@ def environment(backend: Backend) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python, of this package, and of those that it is built on."""
-    packages = ("sgan_dist", "torch", "accelerate", "webdataset", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    packages = ("torch", "accelerate", "webdataset", "numpy")
+    own = {"python": platform.python_version(), "sgan_dist": __version__}
+    return own | {name: version(name) for name in packages}
 
 
 def results(run: Path, summary: dict[str, Any]) -> str:

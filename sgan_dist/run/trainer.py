@@ -7,9 +7,9 @@ import logging
 from typing import Any
 
 from sgan_dist.config import Config
+from sgan_dist.gan.gate import check_networks
 from sgan_dist.parallel.agreement import run_on_main
 from sgan_dist.parallel.backends import open_backend
-from sgan_dist.parallel.collectives import leave_at_exit
 from sgan_dist.run import preflight, rundir, stopping
 from sgan_dist.run.session import Session
 from sgan_dist.run.watchdog import Watchdog
@@ -31,7 +31,6 @@ def train(config: Config) -> dict[str, Any]:
     """
     config = preflight.resolve_precision(config)
     backend = open_backend(config)
-    leave_at_exit()
     index = run_on_main(lambda: preflight.dataset(config))
     preflight.check_world(config, index, backend.world_size)
     log.info(preflight.describe(config, index, backend))
@@ -46,6 +45,7 @@ def train(config: Config) -> dict[str, Any]:
             " --train.steps"
         )
         return summary
+    check_networks(config, index.image_hwc, len(index.class_names), backend)
     with contextlib.ExitStack() as stack:
         run_on_main(lambda: stack.enter_context(rundir.claim(config)))
         with contextlib.closing(Session(config, index, backend)) as session:

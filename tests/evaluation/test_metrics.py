@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +120,17 @@ def test_the_file_keeps_all_that_a_prediction_needs(
         torch.from_numpy(images / np.float32(255)).permute(0, 3, 1, 2)
     ).logits
     torch.testing.assert_close(loaded.predict(images), logits[:, :10].softmax(1))
+
+
+def test_colleagues_can_read_the_file(classifier: Classifier, tmp_path: Path) -> None:
+    path = tmp_path / "classifier.safetensors"
+    before = os.umask(0o022)
+    try:
+        save_classifier(path, classifier)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_older_files_load_with_the_scaling_of_then(

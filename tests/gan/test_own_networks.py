@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from sgan_dist.errors import UserError
 from sgan_dist.gan.models import build_discriminator, build_generator, describe
+from tests.commands import summary, training
+from tests.ranks import REPOSITORY, environment
 
 SHAPE = (1, 28, 28)
 NETWORK = """
@@ -64,6 +68,17 @@ def test_what_a_network_gets_wrong_keeps_its_traceback() -> None:
         build_discriminator("own_with_a_bug:Own", SHAPE, 10, {})
     with pytest.raises(ModuleNotFoundError, match="no_such_library"):
         build_generator("own_needs_more:Own", SHAPE, {})
+
+
+@pytest.mark.process
+def test_a_module_named_as_a_file_of_launch_is_the_users(tmp_path: Path, digits: Path) -> None:
+    (tmp_path / "train.py").write_text("from tests.gan.odd_networks import Plain\n")
+    own = ("--model.discriminator=train:Plain", "--model.discriminator_args={}")
+    script, *options = training(digits, tmp_path / "run", *own, "--train.steps=2")
+    command = [sys.executable, str(REPOSITORY / script), *options]
+    path = {"PYTHONPATH": str(REPOSITORY)}
+    subprocess.run(command, cwd=tmp_path, env=environment(**path), check=True, timeout=200)
+    assert summary(tmp_path / "run")["step"] == 2
 
 
 def test_the_help_lists_each_network_with_its_arguments() -> None:

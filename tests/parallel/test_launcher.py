@@ -200,3 +200,13 @@ def test_every_way_to_deepspeed(
     options = (f"--data.root={digits}", f"--run_dir={tmp_path}/run", *more)
     code, output = run(*command, *plan, *options, DS_ACCELERATOR="cpu")
     assert code == 0 and expected in output, output
+
+
+def test_each_process_of_a_node_needs_a_gpu_if_there_are_any() -> None:
+    two = {"LOCAL_WORLD_SIZE": "2"}
+    launcher.check_gpus(two, gpus=0)
+    launcher.check_gpus(two, gpus=2)
+    launcher.check_gpus({}, gpus=1)
+    launcher.check_gpus(two | {"ACCELERATE_USE_CPU": "true"}, gpus=1)
+    with pytest.raises(UserError, match=r"2 processes .* with 1 GPU: .*--num_processes 1"):
+        launcher.check_gpus(two, gpus=1)

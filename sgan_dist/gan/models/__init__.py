@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import importlib.util
 import inspect
+import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from sgan_dist.errors import UserError
@@ -69,10 +74,17 @@ def _find(key: str, name: str, known: dict[str, type[nn.Module]]) -> type[nn.Mod
             f"{key} is {name!r}: take one of {', '.join(known)}, or name your own as module:Class"
         )
     folder = str(Path.cwd())
-    if folder not in sys.path:  # scripts have their own folder there, not the user's
+    if folder not in sys.path:  # commands have no folder of the user's there
         sys.path.append(folder)
     try:
-        module = importlib.import_module(module_name)
+        with _generators_restored():
+            module = importlib.import_module(module_name)
+    except SystemExit as error:
+        file = getattr(importlib.util.find_spec(module_name), "origin", module_name)
+        raise UserError(
+            f"{key} is {name!r}, and {file} ends the program when it is imported (exit {error.code}):"
+            " it may parse the command line; put such code under `if __name__ == '__main__':`"
+        ) from error
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # a module that the user's own one imports
@@ -82,8 +94,24 @@ def _find(key: str, name: str, known: dict[str, type[nn.Module]]) -> type[nn.Mod
         ) from error
     cls = getattr(module, attribute, None)
     if not callable(cls):
-        raise UserError(f"{key} is {name!r}, and {module_name} has no class {attribute}")
+        file = getattr(module, "__file__", "built in")
+        raise UserError(
+            f"{key} is {name!r}, and {module_name} has no class {attribute}: it is {file}; if that is"
+            " not your file, rename yours"
+        )
     return cls  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _generators_restored() -> Iterator[None]:
+    """Restores the random generators: a module that seeds at import would make all seeds alike."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
 
 
 def _build(key: str, cls: type[nn.Module], args: dict[str, Any], **shape: Any) -> nn.Module:

@@ -106,7 +106,8 @@ def data_dependent_init(network: nn.Module, *inputs: object) -> None:
     ]
     hooks = [layer.register_forward_hook(standardize) for layer in layers]
     try:
-        network(*inputs)
+        with torch.compiler.set_stance("force_eager"):  # hooks in compiled code are not seen
+            network(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
