@@ -10,11 +10,13 @@ Imports nothing heavy: signal handlers are installed before torch is loaded, and
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = launcher.without_local_rank(sys.argv[1:] if argv is None else argv, os.environ)
     if argv[:1] == ["train"]:
         stopping.catch_signals()  # before all else: a signal during the imports must not be lost
+    _outlive_readers()
     _set_up_logging()
     try:
         launcher.adopt_slurm(os.environ)
+        launcher.check_variables(os.environ)
         launcher.use_all_cores(os.environ)
         if argv[:1] == ["train"]:
             _train(argv[1:])
@@ -114,13 +118,13 @@ def _config(argv: Sequence[str], command: str) -> Config:
     return parse(argv, DEFAULT_CONFIG, prog=f"sgan-dist {command}", epilog=epilog)
 
 
-def _prepare(source: str, out: str, **request: Any) -> None:
+def _prepare(source: str, out: Path, **request: Any) -> None:
     from sgan_dist.data.prepare.shards import prepare
 
     _print_index(prepare(source, out, **request), out)
 
 
-def _index(out: str, tries: int, read_timeout: float, **request: Any) -> None:
+def _index(out: Path, tries: int, read_timeout: float, **request: Any) -> None:
     from sgan_dist.config import RemoteConfig
     from sgan_dist.data.prepare.foreign import index_shards
 
@@ -128,7 +132,7 @@ def _index(out: str, tries: int, read_timeout: float, **request: Any) -> None:
     _print_index(index_shards(out=out, remote=remote, **request), out)
 
 
-def _print_index(index: DatasetIndex, out: str) -> None:
+def _print_index(index: DatasetIndex, out: Path) -> None:
     from sgan_dist.data.index import SPLITS
 
     for name in SPLITS:
@@ -172,6 +176,11 @@ def _alert(run_dir: Path, reason: str) -> None:
         log.info("not sent to W&B: it is offline or disabled for this run")
 
 
+def _path(text: str) -> Path:
+    """A path of the command line; no shell expands the ~ of --out=~/x."""
+    return Path(text).expanduser()
+
+
 def _slurm(out: Path) -> None:
     """Copies the batch scripts, whose texts name each other by their path from the project's folder."""
     templates = Path(__file__).parent / "launch"
@@ -205,27 +214,31 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", _evaluate, "evaluate the classifier of a finished run")
     report = command("report", _report, "write RUN_DIR/report.html, also of an unfinished run")
     for one_run in (evaluate, report):
-        one_run.add_argument("run_dir", type=Path)
-        one_run.add_argument("--data", help="the prepared dataset (default: that of the run)")
+        one_run.add_argument("run_dir", type=_path)
+        one_run.add_argument(
+            "--data",
+            type=os.path.expanduser,
+            help="the prepared dataset (default: that of the run)",
+        )
     evaluate.add_argument("--split", default="test", choices=["labeled", "validation", "test"])
     evaluate.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
     compare = command("compare", _compare, "compare finished runs: a table, a CSV file, a plot")
     add = compare.add_argument
-    add("runs", nargs="+", type=Path, help="run directories, or folders of them")
+    add("runs", nargs="+", type=_path, help="run directories, or folders of them")
     add("--by", nargs="+", default=[], metavar="KEY", help="settings that make a row each")
-    add("--out", type=Path, help="folder for the files (default: that of the runs)")
+    add("--out", type=_path, help="folder for the files (default: that of the runs)")
     alert = command("alert", _alert, "log why a run has stopped, and send it as a W&B alert")
-    alert.add_argument("run_dir", type=Path)
+    alert.add_argument("run_dir", type=_path)
     alert.add_argument("reason")
     slurm = command("slurm", _slurm, "write the SLURM batch scripts to a folder")
-    slurm.add_argument("--out", type=Path, required=True)
+    slurm.add_argument("--out", type=_path, required=True)
     return parser
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--source", required=True, help="digits, mnist, fashion-mnist, or idx:FOLDER")
-    add("--out", required=True, help="the folder to create")
+    add("--out", type=_path, required=True, help="the folder to create")
     add("--labels_per_class", type=int, default=10, help="labeled images per class (default: 10)")
     add("--label_seed", type=int, default=0, help="selects the labeled images (default: 0)")
     add("--validation", type=int, help="images held out (default: 500 of digits, else 5000)")
@@ -240,11 +253,11 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
     add("--labeled", nargs="+", required=True, metavar=shards, help="labeled shards")
     add("--validation", nargs="+", required=True, metavar=shards, help="labeled shards, held out")
     add("--test", nargs="+", required=True, metavar=shards, help="labeled shards, held out")
-    add("--out", required=True, help="the folder to create")
+    add("--out", type=_path, required=True, help="the folder to create")
     add("--image_size", type=int, help="scale and crop to N x N (default: leave as they are)")
     add("--gray", action="store_true", help="with --image_size: one channel instead of three")
     add("--label", default="cls", help="where the class number is: cls (default) or json:KEY")
-    add("--class_names", metavar="FILE", help="one name a line, class 0 first")
+    add("--class_names", type=_path, metavar="FILE", help="one name a line, class 0 first")
     add("--order", choices=("auto", "full", "windowed"), default="auto", help="of unlabeled")
     add("--jobs", type=int, help="processes (default: one per core)")
     add("--tries", type=int, default=6, help="attempts per remote shard (default: 6)")
@@ -266,6 +279,41 @@ class _Handler(logging.Handler):
         if launcher.is_main_process(os.environ) or record.levelno >= logging.WARNING:
             tqdm.write(self.format(record), file=sys.stderr)
             sys.stderr.flush()
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output or error, which a command outlives: its reader may end, as `head` does."""
+
+    def write(self, text: str) -> int:
+        with self._surviving():
+            return super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._surviving():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+
+
+def _outlive_readers() -> None:
+    """Lets a run go on where nobody reads its output any more, or where that is closed."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # `2>&-`: the next file would take its place
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        stream = getattr(sys, name)
+        if stream is None or stream is getattr(sys, f"__{name}__"):
+            raw = open(number, "wb", closefd=False)
+            setattr(sys, name, _Output(raw, write_through=number == 2, line_buffering=True))
 
 
 def _set_up_logging() -> None:

@@ -1,9 +1,20 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and locks."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, SoftFileLock
+
+# of file systems without locks, such as Lustre without its flock option
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+
+log = logging.getLogger(__name__)
 
 
 def write_whole(path: Path, content: str | bytes, fsync: bool = False) -> None:
@@ -35,3 +46,33 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(
+    path: Path, timeout: float = -1, cancel: Callable[[], bool] | None = None
+) -> Iterator[None]:
+    """Holds the lock of the file at `path`, which is created; a negative timeout waits forever.
+
+    The kernel frees the lock of a killed process. Where a file system has no such locks, the existence
+    of a file with the ending `.held` is the lock, and that of a killed process of this host is taken
+    over.
+
+    Raises:
+        filelock.Timeout: another process holds it, or `cancel` returned True.
+        OSError: the file cannot be written.
+    """
+    lock: BaseFileLock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout, cancel_check=cancel)
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        held = path.with_name(f"{path.name}.held")
+        log.warning(f"{path.parent} is on a file system without locks: {held.name} is used instead")
+        lock = SoftFileLock(held)
+        lock.acquire(timeout, cancel_check=cancel)
+    try:
+        yield
+    finally:
+        lock.release()

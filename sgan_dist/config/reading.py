@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,6 +92,7 @@ def load_config(name: str, *overrides: str) -> Config:
 
 def find_config(name: str) -> Path:
     """Returns a file by its path, or a shipped one by its name: `mnist`, `deepspeed/zero2`."""
+    name = os.path.expanduser(name)  # noqa: PTH111 - no shell expands --config=~/x.yaml
     name = name.removeprefix("configs/") if not Path(name).is_file() else name
     shipped = (CONFIGS / f"{name}{suffix}" for suffix in ("", ".yaml", ".json"))
     return next((path for path in (Path(name), *shipped) if path.is_file()), Path(name))

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 from sgan_dist.config.names import RENAMED_NETWORKS
 from sgan_dist.config.section import section, setting
@@ -14,6 +22,7 @@ from sgan_dist.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # no shell expands --run_dir=~/x
 Arguments = dict[str, Any]
 free = partial(setting, free=True, compare=False)
 semi_supervised = partial(setting, supervised=False)
@@ -23,7 +32,7 @@ semi_supervised = partial(setting, supervised=False)
 class DataConfig:
     """The dataset, and how to prepare it where it does not exist yet."""
 
-    root: str = free("data/digits")
+    root: Place = free("data/digits")
     """folder or URL of a prepared dataset (index.json beside labeled/ unlabeled/ validation/ test/)"""
     source: str | None = free(None, compare=True)
     """what to prepare in `root` if that does not exist: digits, mnist, fashion-mnist, or idx:DIR"""
@@ -69,7 +78,7 @@ class StreamConfig:
 class RemoteConfig:
     """Datasets at a URL: the node's cache, and retries."""
 
-    cache: str | None = free(None)
+    cache: Place | None = free(None)
     """node-local folder for remote shards; null: $SGAN_CACHE, else the user's cache folder"""
     cache_gib: PositiveFloat = free(50.0)
     """size of the cache, shared by all ranks and runs of a node; least recently used shards go first"""
@@ -161,7 +170,7 @@ class MachineConfig:
     """of the networks (losses are at least fp32); auto: the launcher's --mixed_precision, else fp32"""
     world_size: PositiveInt | None = free(None)
     """number of processes that must take part; a start with another number is refused"""
-    deepspeed: str | None = free(None)
+    deepspeed: Place | None = free(None)
     """a DeepSpeed JSON, by path or shipped name such as deepspeed/zero2; null: the launcher decides"""
     replica_check_every: NonNegativeInt = free(1000)
     """steps between checks that all ranks hold the same weights; 0: never"""
@@ -230,7 +239,7 @@ class Config:
 
     name: Annotated[str, Field(min_length=1)] = free("run")
     """name of the run"""
-    run_dir: str | None = free(None)
+    run_dir: Place | None = free(None)
     """folder of the run; null: runs/NAME"""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = setting(0, compare=False)
     """of initial weights, data order, noise and augmentation (`data.label_seed` draws the labels)"""

@@ -151,6 +151,11 @@ def evaluate(classifier: Classifier, index: DatasetIndex, storage: Storage, spli
     own = np.concatenate([counts.confusion.ravel(), counts.bins.ravel(), [counts.nll]])
     sums = collectives.all_sum(torch.from_numpy(own).to(classifier.device)).cpu().numpy()
     confusion, bins, nll = np.split(sums, [counts.confusion.size, sums.size - 1])
+    if confusion.sum() == 0:
+        raise UserError(
+            f"all images of the {split} split are damaged, so there is nothing to evaluate: copy its"
+            " shards again, or index the dataset again"
+        )
     return Counts(
         confusion.reshape(counts.confusion.shape), bins.reshape(BINS, 3), float(nll[0]), []
     ).metrics(index.class_names)

@@ -73,16 +73,16 @@ class AccelerateBackend(Backend):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        self._accelerator = accelerate.Accelerator(
-            # on a machine without GPUs, Accelerate would otherwise not connect the ranks
-            cpu=ranks > 1 and not torch.accelerator.is_available(),
-            # with another value, Accelerate replaces the network's own forward everywhere
-            mixed_precision="no",
-            kwargs_handlers=[
-                # Buffers are global averages already, the same on every rank.
-                DistributedDataParallelKwargs(broadcast_buffers=False)
-            ],
-        )
+        # Buffers are global averages already, the same on every rank.
+        options = DistributedDataParallelKwargs(broadcast_buffers=False)
+        with launcher.joining(os.environ):
+            self._accelerator = accelerate.Accelerator(
+                # on a machine without GPUs, Accelerate would otherwise not connect the ranks
+                cpu=ranks > 1 and not torch.accelerator.is_available(),
+                # with another value, Accelerate replaces the network's own forward everywhere
+                mixed_precision="no",
+                kwargs_handlers=[options],
+            )
         warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*")
         self.rank = self._accelerator.process_index
         self.world_size = self._accelerator.num_processes

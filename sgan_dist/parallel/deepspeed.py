@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sgan_dist.config import Config, OptimConfig
 from sgan_dist.errors import UserError
+from sgan_dist.parallel import launcher
 from sgan_dist.parallel.collectives import gather_batch, rank, world_size
 from sgan_dist.parallel.deepspeed_config import fill_auto, lookup
 from sgan_dist.parallel.engine import Backend, Engine, make_optimizer
@@ -151,7 +152,8 @@ class DeepSpeedBackend(Backend):
         self._deepspeed = _import_deepspeed(on_cpu)
         # Not deepspeed.init_distributed, which looks for MPI where there is no launcher. Without
         # `cpu`, Accelerate would lose the ranks of a CPU run under ACCELERATE_USE_DEEPSPEED.
-        state = accelerate.PartialState(cpu=on_cpu)
+        with launcher.joining(os.environ):
+            state = accelerate.PartialState(cpu=on_cpu)
         self.rank = state.process_index
         self.world_size = state.num_processes
         self.device = state.device

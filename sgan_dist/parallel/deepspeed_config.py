@@ -41,7 +41,9 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
     """The configuration that the options of `accelerate launch --use_deepspeed` give, or None."""
     if environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return None
-    options = {key: value for key, value in environ.items() if value.lower() != "none"}
+    options = {
+        key: value for key, value in environ.items() if value.lower() not in ("none", "auto")
+    }
     stage = options.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in options:
         config = read(Path(options["ACCELERATE_DEEPSPEED_CONFIG_FILE"]))
@@ -119,7 +121,7 @@ def fill_auto(
         if current not in (None, "auto", value):
             raise UserError(
                 f"the DeepSpeed configuration sets {name} to {current}, and {source} makes it"
-                f' {value}: set it to "auto"'
+                f' {value}: set it to "auto", or change {source}'
             )
         _assign(filled, name, value)
     for name, default in defaults.items():

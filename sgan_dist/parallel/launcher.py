@@ -7,8 +7,13 @@ is a world of one. Imports nothing heavy.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import re
-from collections.abc import Mapping, MutableMapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Literal
 
 import psutil
@@ -19,9 +24,13 @@ Precision = Literal["fp32", "bf16", "fp64"]
 
 # the launcher's --mixed_precision -> machine.precision
 PRECISIONS: dict[str, Precision] = {"no": "fp32", "bf16": "bf16"}
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 CPU_RANKS = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {n} launch/train.py"
 )
+
+
+log = logging.getLogger(__name__)
 
 
 def adopt_slurm(environ: MutableMapping[str, str]) -> None:
@@ -64,11 +73,84 @@ def use_all_cores(environ: MutableMapping[str, str]) -> None:
     """
     if name(environ) != "accelerate launch" or environ.get("WORLD_SIZE", "1") != "1":
         return
-    parent = psutil.Process().parent()
-    if parent is None or "OMP_NUM_THREADS" in parent.environ():
-        return
-    if not any(word.startswith("--num_cpu_threads_per_process") for word in parent.cmdline()):
+    inherited, words = parent_process()
+    by_option = any(word.startswith("--num_cpu_threads_per_process") for word in words)
+    if words and not by_option and "OMP_NUM_THREADS" not in inherited:
         environ.pop("OMP_NUM_THREADS", None)
+
+
+def parent_process() -> tuple[dict[str, str], list[str]]:
+    """The environment and the command line with which the parent was started; empty if unreadable."""
+    try:
+        parent = psutil.Process(os.getppid())
+        return parent.environ(), parent.cmdline()
+    except psutil.Error:  # it has ended, or is another user's
+        return {}, []
+
+
+def launcher_pid(environ: Mapping[str, str]) -> int | None:
+    """The process of the launcher that started this one; None without a launcher.
+
+    People export Accelerate's variables in their shells, so these alone say nothing.
+    """
+    launched = {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & environ.keys()
+    if not launched and "ACCELERATE_MIXED_PRECISION" in environ:
+        launched = {word for word in parent_process()[1][:4] if "accelerate" in word}
+    return os.getppid() if launched else None
+
+
+def check_variables(environ: Mapping[str, str]) -> None:
+    """Raises UserError if the variables of a launcher are incomplete or no ranks."""
+    if "RANK" not in environ and environ.get("WORLD_SIZE", "1") == "1":
+        return
+    missing = [name for name in RANK_VARIABLES if not environ.get(name)]
+    unset = f"for a single process: unset {' '.join(RANK_VARIABLES)}"
+    if missing:
+        present = ", ".join(name for name in RANK_VARIABLES if name not in missing)
+        raise UserError(
+            f"the environment has {present or 'empty variables of a launcher'}, but not"
+            f" {', '.join(missing)}: start the processes by accelerate launch or torchrun, or {unset}"
+        )
+    number, size = environ["RANK"], environ["WORLD_SIZE"]
+    if not (number.isdigit() and size.isdigit() and int(number) < int(size)):
+        raise UserError(
+            f"RANK is {number} and WORLD_SIZE is {size} in the environment, and ranks count from 0 to"
+            f" WORLD_SIZE - 1: correct them, or {unset}"
+        )
+
+
+@contextlib.contextmanager
+def joining(environ: Mapping[str, str]) -> Iterator[None]:
+    """Surrounds the wait for the other processes, in C code, where no handler of Python runs.
+
+    Signals end the process; after a while a line says what is awaited, and where that was read.
+    """
+    size = environ.get("WORLD_SIZE", "1")
+    if size == "1" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    by_slurm = name(environ) == "srun"
+    variables = "SLURM_PROCID and SLURM_STEP_NUM_TASKS" if by_slurm else "RANK and WORLD_SIZE"
+    message = (
+        f"rank {environ['RANK']} waits for the others of {size} processes, at"
+        f" {environ['MASTER_ADDR']}:{environ['MASTER_PORT']}, because {variables} are set"
+        f" ({name(environ)}): if nothing else was started, end this with Ctrl-C, and unset"
+        f" {'SLURM_PROCID' if by_slurm else ' '.join(RANK_VARIABLES)}"
+    )
+    timer = threading.Timer(10 if environ["RANK"] == "0" else 30, log.warning, [message])
+    timer.daemon = True
+    handlers = {
+        number: signal.signal(number, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+        if callable(signal.getsignal(number))
+    }
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def check_gpus(environ: Mapping[str, str], gpus: int) -> None:
@@ -140,9 +222,9 @@ def refuse_silent_single_process(environ: Mapping[str, str]) -> None:
     """
     if "RANK" in environ or not {"MASTER_PORT", "ACCELERATE_USE_CPU"} <= environ.keys():
         return
-    parent = psutil.Process().parent()
     # A MASTER_PORT in the launcher's own environment is the user's.
-    if parent is not None and "MASTER_PORT" not in parent.environ():
+    inherited, words = parent_process()
+    if words and "MASTER_PORT" not in inherited:
         raise UserError(
             "accelerate launch should start several processes and started a single one, as it does on"
             f" CPU: start several with {CPU_RANKS.format(n='N')}, or one with --num_processes 1; to"

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from sgan_dist import __version__
 from sgan_dist.config import Config, find_config, save
 from sgan_dist.data.remote.urls import is_remote
 from sgan_dist.errors import TransientError, UserError
-from sgan_dist.files import write_whole
+from sgan_dist.files import locked, write_whole
 from sgan_dist.parallel.engine import Backend
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def run_directory(argv: Sequence[str], default: str | None = None) -> Path | Non
         for name in options.config or ([] if default is None else [default]):
             settings |= yaml.safe_load(find_config(name).read_text())
         settings |= {key: value for key, value in vars(options).items() if value is not None}
-        return Path(settings.get("run_dir") or f"runs/{settings['name']}")
+        return Path(settings.get("run_dir") or f"runs/{settings['name']}").expanduser()
     except (argparse.ArgumentError, OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return None  # the error of `parse` says what is wrong
 
@@ -58,11 +58,10 @@ def claim(config: Config) -> Iterator[None]:
     run, data = config.directory, config.data
     if not is_remote(data.root):  # evaluation may run in another folder
         data = dataclasses.replace(data, root=str(Path(data.root).absolute()))
-    lock = FileLock(run / LOCK, timeout=0)
-    try:
+    with contextlib.ExitStack() as stack:
         try:
             run.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+            stack.enter_context(locked(run / LOCK, timeout=0))
             save(dataclasses.replace(config, data=data), run / "config.yaml")
             for mark in ("DONE", "FAILED"):
                 (run / mark).unlink(missing_ok=True)
@@ -74,8 +73,6 @@ def claim(config: Config) -> Iterator[None]:
             problem = f"cannot write to the run directory {run} ({error.strerror})"
             raise UserError(f"{problem}: give another --run_dir") from error
         yield
-    finally:
-        lock.release()
 
 
 def in_use(run: Path) -> bool:
@@ -83,7 +80,7 @@ def in_use(run: Path) -> bool:
     if not (run / LOCK).exists():
         return False
     try:
-        with FileLock(run / LOCK, timeout=0):
+        with locked(run / LOCK, timeout=0):
             return False
     except Timeout:
         return True

@@ -1,6 +1,6 @@
-"""Requests to stop: TERM and Ctrl-C, a file named STOP in the run directory, the launcher's exit, the
-file that $SGAN_PREEMPTED names, and a SLURM job's time limit. Also the file that $SGAN_OUTCOME names,
-in which a batch script reads how the run ended.
+"""Requests to stop: TERM, HUP, USR1 and Ctrl-C, a file named STOP in the run directory, the launcher's
+exit, the file that $SGAN_PREEMPTED names, and a SLURM job's time limit. Also the file that
+$SGAN_OUTCOME names, in which a batch script reads how the run ended.
 
 Imports nothing heavy: the handlers are installed before torch is loaded.
 """
@@ -14,33 +14,39 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from sgan_dist.parallel.launcher import launcher_pid
+
 log = logging.getLogger(__name__)
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
 EXIT_SECONDS = 30.0  # of a job's time, reserved for what follows the last step and its save
-# torchrun, accelerate and deepspeed set one of these in their workers
-LAUNCHER_VARIABLES = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "CROSS_RANK"}
+# a closed terminal sends HUP, a batch system may send USR1
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 _received: signal.Signals | None = None
 _stop_file: Path | None = None
-_launcher_pid = os.getppid() if LAUNCHER_VARIABLES & os.environ.keys() else None
+_launcher_pid = launcher_pid(os.environ)
 _preempted_file = os.environ.get("SGAN_PREEMPTED")  # created by a batch script
 _end_time = float(os.environ.get("SLURM_JOB_END_TIME") or "inf")  # seconds since the epoch
 _save_seconds = 0.0
 
 
 def catch_signals() -> None:
-    """Makes the first TERM or Ctrl-C set a flag, and a second one end the process."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _on_signal)
+    """Makes the first signal of SIGNALS set a flag, and a second TERM or Ctrl-C end the process.
+
+    HUP stays ignored under nohup.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _on_signal)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     global _received
-    if _received is not None:
+    if _received is not None and number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
-    _received = signal.Signals(number)
+    _received = _received or signal.Signals(number)
 
 
 def watch_stop_file(run: Path) -> None:

@@ -146,17 +146,19 @@ def _truncate(path: Path, step: int) -> None:
 
 
 def _start_wandb(run: Path, config: Config) -> Any:
-    """Returns the W&B run of a run directory, online or else offline; None if neither starts."""
+    """Returns the W&B run of a run directory, online or else offline; None if neither starts.
+
+    The user's own settings decide: WANDB_MODE, and the files that `wandb offline` writes.
+    """
     id_file = run / WANDB_ID
     if not id_file.exists():
         write_whole(id_file, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
-    mode = os.environ.get("WANDB_MODE")
-    if mode is None:
-        mode = "online" if wandb.api.api_key else "offline"
     # finish_timeout: what is not sent by then stays on disk, for `wandb sync`
     settings = wandb.Settings(silent=True, console="off", init_timeout=20, finish_timeout=30)
-    for attempt in dict.fromkeys([mode, "offline"]):
+    for offline in (False, True):
         try:
+            if not offline and wandb.setup().settings.mode == "online":
+                offline = not wandb.login(prompt=False)  # without a key
             return wandb.init(
                 project=os.environ.get("WANDB_PROJECT") or config.tracking.project,
                 name=os.environ.get("WANDB_NAME") or config.name,
@@ -164,10 +166,11 @@ def _start_wandb(run: Path, config: Config) -> Any:
                 resume="allow",
                 dir=os.environ.get("WANDB_DIR") or str(run),
                 config=result_settings(config),
-                mode=attempt,  # type: ignore[arg-type]
+                mode="offline" if offline else None,
                 settings=settings,
             )
         except Exception as error:  # noqa: BLE001 - any failure of W&B
-            log.warning(f"W&B could not start {attempt} ({error}); training continues")
+            where, why = "offline" if offline else "online", " ".join(str(error).split())
+            log.warning(f"W&B could not start {where} ({why}); training continues")
             wandb.teardown()
     return None

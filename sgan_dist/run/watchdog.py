@@ -1,8 +1,7 @@
 """A rank that hangs: every rank prints its stacks and ends, so that a batch system restarts the run.
 
-If one rank hangs, all others wait for it in a collective, so each rank watches itself. It prints its
-stacks first; then collectives fail and name themselves; last the kernel ends the process, even in
-the middle of C code.
+If one rank hangs, all others wait for it in a collective, so each rank is watched by a small process of
+its own. The time for which a rank is suspended, by Ctrl-Z, SIGSTOP or a closed laptop, does not count.
 """
 
 from __future__ import annotations
@@ -10,15 +9,15 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import threading
-import time
+import subprocess
+import sys
 
 from sgan_dist.parallel.collectives import limit_waits, rank
+from sgan_dist.run import watcher
 
-COLLECTIVES_AFTER = 5  # seconds from the stacks to the failure of the collectives
-KILL_AFTER = 15  # seconds from the stacks to the end of the process
 STDERR = 2  # not sys.stderr: the thread that hangs may hold its lock
 STARTUP = 1800.0  # seconds that a collective may wait outside the loop: torch's default on CPU
+PATIENT = 10 * 86400.0  # inside: the watchers end a hang, and all ranks may be suspended
 
 
 class Watchdog:
@@ -26,40 +25,33 @@ class Watchdog:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._step, self._due = 0, float("inf")
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._watcher: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Watchdog:
         return self
 
     def step_done(self, step: int) -> None:
         """Gives the next step, with its evaluation and save, `seconds` from now on."""
-        self._step, self._due = step, time.monotonic() + self._seconds
-        if self._thread.ident is None:
-            limit_waits(self._seconds + COLLECTIVES_AFTER)
-            # dumps the stacks once more at the end, also if the thread below could not
-            faulthandler.register(signal.SIGALRM, file=STDERR, chain=True)
-            self._thread.start()
-        signal.setitimer(signal.ITIMER_REAL, self._seconds + KILL_AFTER)
+        if self._watcher is None or self._watcher.poll() is not None:
+            self._watcher = self._start()
+        assert self._watcher.stdin is not None
+        self._watcher.stdin.write(b"%d\n" % step)
 
     def __exit__(self, *exception: object) -> None:
         """Stops watching: what follows the loop may take longer."""
-        if self._thread.ident is not None:
-            self._closed.set()
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            faulthandler.unregister(signal.SIGALRM)
+        if self._watcher is not None:
+            self._watcher.kill()
+            self._watcher.wait()
+            faulthandler.unregister(signal.SIGUSR2)
             limit_waits(STARTUP)
 
-    def _watch(self) -> None:
-        reported = 0.0  # after a step that was only slow, the next one is watched as before
-        while not self._closed.wait(min(1.0, self._seconds / 10)):
-            due = self._due
-            if time.monotonic() > due != reported:
-                reported = due
-                message = (
-                    f"rank {rank()} hangs: {self._seconds:g} s without a step since step {self._step}"
-                    " (machine.step_timeout); its stacks:\n"
-                )
-                os.write(STDERR, message.encode())
-                faulthandler.dump_traceback(STDERR)
+    def _start(self) -> subprocess.Popen[bytes]:
+        limit_waits(PATIENT)
+        faulthandler.register(signal.SIGUSR2, file=STDERR)
+        arguments = str(os.getpid()), str(rank()), str(self._seconds)
+        return subprocess.Popen(
+            [sys.executable, "-ES", watcher.__file__, *arguments],
+            stdin=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,  # the signals of a terminal are for the run
+        )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.commands import training, wait_for_step
-from tests.ranks import launch, run
+from tests.commands import settings, training, wait_for_step
+from tests.ranks import REPOSITORY, environment, launch, run
 from tests.wandb_server import WandbServer
 
 pytestmark = pytest.mark.process
@@ -40,6 +42,35 @@ def test_without_a_key_it_is_offline(digits: Path, tmp_path: Path) -> None:
     assert {"samples", "confusion", "mistakes"} <= pictures
     (table,) = written[0].parent.glob("files/media/table/mistakes_*")
     assert len(json.loads(table.read_text())["data"]) == 24
+
+
+@pytest.mark.parametrize(
+    ("mode", "written"), [("offline", True), ("disabled", False)], ids=["offline", "disabled"]
+)
+def test_the_users_own_setting_is_heeded(
+    mode: str, written: bool, digits: Path, tmp_path: Path, server: WandbServer
+) -> None:
+    """`wandb offline` and `wandb disabled` in the working folder, with a key."""
+    variables = environment(**online(server) | {"WANDB_MODE": None, "PYTHONPATH": str(REPOSITORY)})
+    program = str(Path(sys.executable).parent / "wandb")
+    subprocess.run([program, mode], cwd=tmp_path, env=variables, check=True, timeout=60)
+    command = [sys.executable, "-m", "sgan_dist", "train", *settings(digits, tmp_path / "run")]
+    subprocess.run(
+        [*command, "--train.steps=10"], cwd=tmp_path, env=variables, check=True, timeout=120
+    )
+    assert not server.run_ids and not server.history
+    assert any((tmp_path / "run").glob("wandb/offline-run-*")) == written
+
+
+def test_a_broken_key_is_one_line_and_the_run_goes_on(digits: Path, tmp_path: Path) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine api.wandb.ai login user password YOUR_KEY_HERE\n")
+    netrc.chmod(0o600)
+    arguments = training(digits, tmp_path / "run", "--train.steps=10")
+    code, output = run("python", *arguments, WANDB_MODE=None, NETRC=str(netrc), HOME=str(tmp_path))
+    assert code == 0 and output.count("W&B could not start online (") == 1, output
+    assert "Traceback" not in output and "YOUR_KEY_HERE" not in output
+    assert any((tmp_path / "run").glob("wandb/offline-run-*"))
 
 
 def test_one_run_over_resumes(digits: Path, tmp_path: Path, server: WandbServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
@@ -13,11 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from webdataset.writer import TarWriter
 
 import sgan_dist
 from sgan_dist.data.index import load_index
+from sgan_dist.data.prepare.foreign import index_shards
 from sgan_dist.data.stream import open_storage, read_split
 from sgan_dist.errors import UserError
 from sgan_dist.evaluation.classifier import Classifier, load_classifier, save_classifier
@@ -91,6 +95,25 @@ def test_predictions_give_the_error_of_the_summary(run: Path, digits: Path) -> N
     summary = json.loads((run / "summary.json").read_text())
     assert images_seen == 1000 and wrong / 1000 == pytest.approx(summary["test_error"])
     assert sgan_dist.evaluate(run).error == summary["test_error"]
+
+
+@pytest.mark.process
+def test_a_split_without_a_good_image_is_one_sentence(
+    classifier: Classifier, tmp_path: Path
+) -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (28, 28)).save(buffer, "PNG")
+    png = buffer.getvalue()
+    for name, image in (("good", png), ("cut", png[:-20])):  # the header is whole
+        with TarWriter(str(tmp_path / f"{name}.tar"), encoder=False) as writer:
+            for label in range(10):
+                writer.write({"__key__": f"{label}", "png": image, "cls": b"%d" % label})
+    good, cut = [str(tmp_path / "good.tar")], [str(tmp_path / "cut.tar")]
+    index = index_shards(good, good, good, cut, tmp_path / "index", jobs=1, progress=False)
+    with open_storage(small_config(tmp_path / "index", tmp_path)) as storage:
+        assert evaluate(classifier, index, storage, "validation").images == 10
+        with pytest.raises(UserError, match="all images of the test split are damaged"):
+            evaluate(classifier, index, storage, "test")
 
 
 def test_another_dataset_is_refused(run: Path, tmp_path: Path) -> None:

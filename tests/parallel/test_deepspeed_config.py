@@ -90,6 +90,11 @@ def test_accelerates_variables_stand_for_a_file(tmp_path: Path) -> None:
         "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
         "gradient_clipping": 0.5,
     }
+    auto = {
+        "ACCELERATE_GRADIENT_CLIPPING": "auto",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto",
+    }
+    assert from_environment(on | auto) == {"zero_optimization": {"stage": 2}}
     file = on | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(CONFIGS / "zero1.json")}
     assert from_environment(file) == read(CONFIGS / "zero1.json")
     with pytest.raises(UserError, match="remove one"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.commands import metrics, summary
-from tests.slurm.cluster import Cluster
-from tests.slurm.training import ONE_NODE, STEPS, Training, check_same
+from tests.ranks import REPOSITORY
+from tests.slurm.cluster import PATH, Cluster
+from tests.slurm.training import LONG, ONE_NODE, STEPS, Training, check_same, submit
 from tests.wandb_server import WandbServer
 
 OWN = "--model.discriminator=tests.own_models:"
@@ -137,6 +139,21 @@ def test_a_bad_setting_is_not_tried_again(cluster: Cluster, config: Path, tmp_pa
     reason = (tmp_path / "FAILED").read_text().strip()
     assert "optim.lr" in reason and f"ALERT: {tmp_path}: failed: {reason}\n" in run.log
     assert "is requeued" not in run.log
+
+
+def test_conda_beside_a_venv_and_no_environment_at_all(
+    cluster: Cluster, config: Path, tmp_path: Path
+) -> None:
+    bare = {"VIRTUAL_ENV": "", "PATH": PATH, "CONDA_PREFIX": "/opt/conda"}
+    script = str(REPOSITORY / "launch" / "train.sbatch")
+    command = (*ONE_NODE, str(config), f"--run_dir={tmp_path}/run", "--train.steps=5")
+    number = submit(cluster, *command, script=script, cwd=tmp_path, **bare)
+    assert cluster.wait_for(number, "FAILED")["Restarts"] == "0"
+    assert "there is no accelerate on PATH" in (tmp_path / "run" / "FAILED").read_text()
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    number = submit(cluster, *command, script=script, cwd=tmp_path, **bare)
+    cluster.wait_for(number, "COMPLETED", timeout=LONG)
+    assert (tmp_path / "run" / "DONE").exists()
 
 
 def test_a_run_that_makes_no_progress_is_given_up(crashing: Training) -> None:

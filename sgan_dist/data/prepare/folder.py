@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from numpy.typing import NDArray
 
 from sgan_dist.data.index import INDEX_NAME, DatasetIndex, load_index
 from sgan_dist.errors import UserError
+from sgan_dist.files import locked
 
 log = logging.getLogger(__name__)
 
@@ -88,13 +89,11 @@ def _existing(out: Path, request: str, unfinished: str | None) -> DatasetIndex |
 
 @contextlib.contextmanager
 def _exclusive(out: Path, work: str) -> Iterator[None]:
-    lock = FileLock(out.with_name(f".{out.name}.lock"), fallback_to_soft=False)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(f"another run is {work} {out} right now: wait for it to end") from None
-    try:
+    path = out.with_name(f".{out.name}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path, timeout=0))
+        except Timeout:
+            raise UserError(f"another run is {work} {out} right now: wait for it to end") from None
+        stack.callback(path.unlink, missing_ok=True)
         yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()

@@ -46,7 +46,7 @@ def _matches(name: str, split: str) -> list[str]:
     if not name:
         raise UserError(f"an empty {split} pattern: give a path or a URL")
     if not is_remote(name):
-        path = os.path.abspath(name)  # noqa: PTH100 - links keep the names that users know
+        path = os.path.abspath(os.path.expanduser(name))  # noqa: PTH100, PTH111 - links keep the names that users know
         if Path(path).is_file():  # its name may have brackets
             return [path]
         matches = sorted(glob.glob(path)) if glob.has_magic(path) else []  # noqa: PTH207

@@ -95,7 +95,7 @@ def load_source(spec: str) -> Source:
     if name in NAMED_SOURCES:
         classes = DIGITS if name == "mnist" else CLOTHES
         return _idx(source_folder(name), name, classes, SHA256[name])
-    return _idx(Path(spec.removeprefix("idx:")), name)
+    return _idx(Path(spec.removeprefix("idx:")).expanduser(), name)
 
 
 def _digits() -> Source:

@@ -27,7 +27,7 @@ from typing import Self
 
 import numpy as np
 import platformdirs
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from sgan_dist.config import RemoteConfig
 from sgan_dist.data.index import Shard, prepare_again, sidecar_name
@@ -35,7 +35,7 @@ from sgan_dist.data.order import Int64s
 from sgan_dist.data.remote.transfer import Denied, Stopped, fetch, read
 from sgan_dist.data.remote.urls import is_remote, join, redact_url
 from sgan_dist.errors import UserError
-from sgan_dist.files import write_whole
+from sgan_dist.files import locked, write_whole
 
 THREADS = 4  # shards that are prefetched at the same time
 ABANDONED_SECONDS = 86400  # a file not written to for so long was left by a killed process
@@ -215,9 +215,9 @@ class Storage:
             )
         return self._folder / shard.sha256[:2] / shard.sha256
 
-    def _exclusive(self) -> FileLock:
+    def _exclusive(self) -> contextlib.AbstractContextManager[None]:
         """The lock under which shards are added and removed."""
-        return FileLock(self._folder / "lock", fallback_to_soft=False)
+        return locked(self._folder / "lock")
 
     def _open_cached(self, shard: Shard, location: str, stop: threading.Event) -> io.BufferedReader:
         """Opens the shard in the cache; it is first downloaded, here or by another process."""
@@ -236,13 +236,13 @@ class Storage:
         incoming = self._folder / "incoming"
         incoming.mkdir(parents=True, exist_ok=True)
         target, path = incoming / shard.sha256, self._path(shard)
-        # fallback: a lock without the kernel would outlive a killed process
-        lock = FileLock(f"{target}.lock", fallback_to_soft=False)
-        try:
-            lock.acquire(cancel_check=stop.is_set)
-        except Timeout:
-            raise Stopped from None
-        try:
+        lock = incoming / f"{shard.sha256}.lock"
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(lock, cancel=stop.is_set))
+            except Timeout:
+                raise Stopped from None
+            stack.callback(lock.unlink, missing_ok=True)
             file = self._open_if_cached(shard)  # another process may have downloaded it meanwhile
             if file is not None:
                 return file
@@ -254,9 +254,6 @@ class Storage:
                 path.parent.mkdir(exist_ok=True)
                 target.replace(path)
                 return open(path, "rb")
-        finally:
-            Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
 
     def _open_if_cached(self, shard: Shard) -> io.BufferedReader | None:
         try:
