@@ -43,6 +43,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile
 
 # An installed environment is stamped by the extras it holds, and made again when its list changes.
 $(VENV)/.train: pyproject.toml constraints.txt

@@ -66,6 +66,26 @@ def test_use_classifier_says_what_is_missing(tmp_path: Path) -> None:
     assert code == 1 and output.startswith("error: ") and "Traceback" not in output, output
 
 
+def test_own_images_become_tars_and_a_classifier(tmp_path: Path) -> None:
+    source = load_source("digits")
+    folder = tmp_path / "photos"
+    for number, (image, label) in enumerate(
+        zip(source.train_images[::10], source.train_labels[::10], strict=True)
+    ):
+        part = "unlabeled" if number % 3 else f"digit-{label}"
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        file = folder / part / f"{number}.{'png' if number % 2 else 'JPG'}"
+        Image.fromarray(image[..., 0]).resize((40, 36)).save(file)
+    settings = (f"--run_dir={tmp_path / 'run'}", "--train.steps=20", *SHORT[1:])
+    command = ("python", "examples/own_images.py", str(folder), *settings)
+    code, output = run(*command)
+    assert code == 0, output
+    assert "digit-0" in output and "error " in output
+    assert json.loads((tmp_path / "run/summary.json").read_text())["step"] == 20
+    again = run(*command)  # the tars are the same, and the run is done
+    assert again[0] == 0 and output.endswith(again[1]), again
+
+
 def test_own_network_trains(digits: Path, tmp_path: Path) -> None:
     code, output = run(
         "python", "-m", "sgan_dist", "train", "--config", "digits", f"--data.root={digits}",

@@ -12,6 +12,7 @@ import torch
 from sgan_dist.config import Config, load_config
 from sgan_dist.errors import UserError
 from sgan_dist.gan.gate import check_networks
+from sgan_dist.gan.models import DISCRIMINATORS
 from sgan_dist.parallel.backends import open_backend
 from tests.gan import odd_networks
 
@@ -94,7 +95,7 @@ def test_an_odd_network_passes_and_moves_no_generator(name: str) -> None:
     assert generators() == before
 
 
-@pytest.mark.parametrize("name", ["tutorial", "conv_small", "dcgan", "mlp"])
+@pytest.mark.parametrize("name", DISCRIMINATORS)
 @pytest.mark.parametrize("form", ["implied", "explicit"])
 def test_the_networks_of_this_package_pass(name: str, form: str) -> None:
     network = (f"--model.discriminator={name}", "--model.discriminator_args={}")
