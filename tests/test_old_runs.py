@@ -103,6 +103,7 @@ def test_an_old_run_is_evaluated(name: str, digits: Path) -> None:
     assert metrics.error == pytest.approx(summary["test_error"], abs=0.003)  # of 500 images, one
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", RUNS)
 def test_an_old_run_is_resumed_and_ends_at_the_same_weights(
     name: str, digits: Path, tmp_path: Path

@@ -101,7 +101,9 @@ def _check_discriminator(
     _check_gradients(trial, images)
     network.eval()
     advice = "leave them out in evaluation, where `rng` is None"
-    _check_randomness(_Trial(network, lambda x: call(x, train=False), advice), images)
+    evaluation = _Trial(network, lambda x: call(x, train=False), advice)
+    _check_randomness(evaluation, images)
+    _check_neighbors(evaluation, images)
 
 
 def _check_generator(spec: DiscriminatorSpec, config: Config, backend: Backend) -> None:
@@ -152,12 +154,20 @@ def _prepared(network: nn.Module, backend: Backend) -> nn.Module:
         )
     try:
         copy.deepcopy(network)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UserError(
             f"{name} cannot be copied, as the averaged D is ({error}): use"
             " torch.nn.utils.parametrizations.weight_norm in place of torch.nn.utils.weight_norm, and"
-            " keep no result of a computation in the network"
+            " keep no result of a computation, lock or open file in the network"
         ) from error
+    for module in network.modules():
+        own, base = type(module), nn.Module
+        gets = own.get_extra_state is not base.get_extra_state
+        if gets and own.set_extra_state is base.set_extra_state:
+            raise UserError(
+                f"{own.__name__} has get_extra_state but no set_extra_state, so that a run could not be"
+                " resumed: write both"
+            )
     for key, value in network.state_dict().items():
         if not isinstance(value, Tensor) and _as_json(value) != value:
             raise UserError(
@@ -212,7 +222,7 @@ def _check_images(name: str, images: Any, shape: tuple[int, ...]) -> None:
         )
     if not bool((images.detach().abs() <= 1 + TOLERANCE).all()):
         raise UserError(
-            f"{name} returns values outside of [-1, 1], the range of real images: end it with tanh"
+            f"{name} returns values that are not in [-1, 1], the range of real images: end it with tanh"
         )
 
 
@@ -247,14 +257,27 @@ def _check_neighbors(trial: _Trial, inputs: Tensor) -> None:
 
     `GlobalBatchNorm` mixes samples exactly at any number of processes: it is in eval mode here.
     """
+    initial = copy.deepcopy(trial.network.state_dict())
+    noise = torch.Generator(inputs.device).manual_seed(0)
+    with torch.no_grad():
+        # layers that start at zero would hide what lies before them
+        for p in trial.network.parameters():
+            p.add_(torch.randn(p.shape, generator=noise, device=p.device, dtype=p.dtype), alpha=0.1)
     state = copy.deepcopy(trial.network.state_dict())
-    others = torch.cat([inputs[:1], inputs[1:].flip(-1) * 0.5])
-    with torch.no_grad(), _fixed_batch_norm(trial.network):
-        outputs = trial.call(inputs)
+    half = len(inputs) // 2
+    other = inputs.flip(-1) * 0.5
+    same = True
+    for kept in (slice(None, half), slice(half, None)):  # each half must not see the other
+        others = other.clone()
+        others[kept] = inputs[kept]
+        with torch.no_grad(), _fixed_batch_norm(trial.network):
+            outputs = trial.call(inputs)
+            trial.network.load_state_dict(state)
+            changed = trial.call(others)
         trial.network.load_state_dict(state)
-        changed = trial.call(others)
-    trial.network.load_state_dict(state)
-    if not all(_close(a[:1], b[:1]) for a, b in zip(outputs, changed, strict=True)):
+        same &= all(_close(a[kept], b[kept]) for a, b in zip(outputs, changed, strict=True))
+    trial.network.load_state_dict(initial)
+    if not same:
         raise UserError(
             f"{trial.name}: the output for an image depends on the other images of the batch, as with"
             " nn.BatchNorm2d, so that another number of processes would train another network: use"

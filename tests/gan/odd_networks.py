@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,6 +122,31 @@ class MinibatchDiscrimination(Plain):
         return features + torch.cdist(features, features).mean(1, keepdim=True)
 
 
+class ZeroInit(TorchBatchNorm):
+    """Batch norm on a branch that has no influence at first."""
+
+    def __init__(self, image_chw: tuple[int, int, int], outputs: int) -> None:
+        super().__init__(image_chw, outputs)
+        self.gain = nn.Parameter(torch.zeros(1))
+
+    def features(self, images: Tensor, rng: Rng) -> Tensor:
+        maps = self.conv(images)
+        return F.leaky_relu(maps + self.gain * self.norm(maps), 0.1).mean((2, 3))
+
+
+class RunningSum(Plain):
+    """An image's features depend on those before it."""
+
+    def features(self, images: Tensor, rng: Rng) -> Tensor:
+        return super().features(images, rng).cumsum(0)
+
+
+class CentersInEvaluation(Plain):
+    def features(self, images: Tensor, rng: Rng) -> Tensor:
+        features = super().features(images, rng)
+        return features if rng is not None else features - features.mean(0)
+
+
 class Unused(Plain):
     def __init__(self, image_chw: tuple[int, int, int], outputs: int) -> None:
         super().__init__(image_chw, outputs)
@@ -137,6 +163,17 @@ class PickledState(Plain):
         return {1, 2}
 
     def set_extra_state(self, state: Any) -> None: ...
+
+
+class OnlyGetsState(Plain):
+    def get_extra_state(self) -> Any:
+        return {"a": 1}
+
+
+class HoldsALock(Plain):
+    def __init__(self, image_chw: tuple[int, int, int], outputs: int) -> None:
+        super().__init__(image_chw, outputs)
+        self.lock = threading.Lock()
 
 
 class Buggy(Plain):
@@ -310,6 +347,12 @@ class BatchNormGenerator(PlainGenerator):
 
     def forward(self, z: Tensor) -> Any:
         return super().forward(self.norm(z))
+
+
+class ZeroInitGenerator(BatchNormGenerator):
+    def __init__(self, image_chw: tuple[int, int, int]) -> None:
+        super().__init__(image_chw)
+        nn.init.zeros_(self.dense.weight)
 
 
 class UnusedInGenerator(PlainGenerator):

@@ -55,6 +55,11 @@ def generators() -> tuple[object, str]:
         ("CountsForwards", r"gives two outputs for the same inputs and random numbers"),
         ("TorchBatchNorm", r"depends on the other images of the batch.*GlobalBatchNorm"),
         ("MinibatchDiscrimination", r"depends on the other images of the batch"),
+        ("ZeroInit", r"depends on the other images of the batch"),
+        ("RunningSum", r"depends on the other images of the batch"),
+        ("CentersInEvaluation", r"depends on the other images of the batch"),
+        ("OnlyGetsState", r"has get_extra_state but no set_extra_state"),
+        ("HoldsALock", r"cannot be copied, .* lock"),
         ("Unused", r"does not use its parameters forgotten\.weight, forgotten\.bias: remove"),
         ("NoGradient", r"passes no gradient to its inputs"),
         ("PickledState", r"get_extra_state gives a set as _extra_state.*without pickle"),
@@ -72,9 +77,10 @@ def test_a_mistake_in_a_discriminator_is_one_sentence(name: str, message: str) -
         ("FlatLatent", r"FlatLatent.latent returns a tensor \(10,\), and must return a tensor"),
         ("TorchLatent", r"torch's own generator.*take them from the `rng` of latent"),
         ("ChannelsLast", r"returns a tensor \(2, 28, 28, 1\).*must return images \(2, 1, 28, 28\)"),
-        ("Unbounded", r"returns values outside of \[-1, 1\].*tanh"),
+        ("Unbounded", r"returns values that are not in \[-1, 1\].*tanh"),
         ("NoisyGenerator", r"torch's own generator.*draw them in latent\(rng\)"),
         ("BatchNormGenerator", r"depends on the other images of the batch.*GlobalBatchNorm"),
+        ("ZeroInitGenerator", r"depends on the other images of the batch"),
         ("UnusedInGenerator", r"does not use its parameters forgotten\.weight"),
     ],
 )
@@ -148,6 +154,10 @@ def test_a_module_that_parses_arguments_at_import_is_named(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"own_script\.py ends the program when it is imported"):
         check("--model.discriminator=own_script:D", "--model.discriminator_args={}")
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "__init__.py").write_text("raise SystemExit(2)\n")
+    with pytest.raises(UserError, match=r"own_package/__init__\.py ends the program"):
+        check("--model.discriminator=own_package.net:D", "--model.discriminator_args={}")
 
 
 def test_a_name_that_another_file_has_is_shown_with_that_file() -> None:

@@ -80,7 +80,7 @@ def _find(key: str, name: str, known: dict[str, type[nn.Module]]) -> type[nn.Mod
         with _generators_restored():
             module = importlib.import_module(module_name)
     except SystemExit as error:
-        file = getattr(importlib.util.find_spec(module_name), "origin", module_name)
+        file = getattr(importlib.util.find_spec(module_name.partition(".")[0]), "origin", None)
         raise UserError(
             f"{key} is {name!r}, and {file} ends the program when it is imported (exit {error.code}):"
             " it may parse the command line; put such code under `if __name__ == '__main__':`"
@@ -106,7 +106,7 @@ def _find(key: str, name: str, known: dict[str, type[nn.Module]]) -> type[nn.Mod
 def _generators_restored() -> Iterator[None]:
     """Restores the random generators: a module that seeds at import would make all seeds alike."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # a run seeds those of GPUs later
         try:
             yield
         finally:
