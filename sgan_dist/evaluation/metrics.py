@@ -174,7 +174,6 @@ def evaluate_run(
     run = Path(run)
     config = load(run / "config.yaml", data)
     backend = AccelerateBackend(config)
-    collectives.leave_at_exit()
     classifier, index = run_on_all(lambda: _classifier_and_index(run, config))
     classifier.network.to(backend.device)
     with open_storage(config) as storage:

@@ -9,7 +9,6 @@ import torch
 from sgan_dist.config import Config
 from sgan_dist.errors import UserError
 from sgan_dist.parallel import launcher
-from sgan_dist.parallel.collectives import leave_at_exit
 from sgan_dist.parallel.ddp import AccelerateBackend
 from sgan_dist.parallel.deepspeed_config import requested
 from sgan_dist.parallel.engine import Backend
@@ -31,7 +30,6 @@ def open_backend(config: Config) -> Backend:
         from sgan_dist.parallel.deepspeed import DeepSpeedBackend  # imports an optional dependency
 
         backend = DeepSpeedBackend(config, zero)
-    leave_at_exit()
     expected = config.machine.world_size
     if expected is not None and expected != backend.world_size:
         raise UserError(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sgan_dist.config import Config, OptimConfig
 from sgan_dist.errors import plural
 from sgan_dist.parallel import launcher
-from sgan_dist.parallel.collectives import gather_objects
+from sgan_dist.parallel.collectives import gather_objects, leave_at_exit
 
 
 class Engine(ABC):
@@ -107,6 +107,7 @@ class Backend(ABC):
     """what the networks run in, for `describe`"""
 
     def __init__(self, config: Config) -> None:
+        leave_at_exit()  # also where joining the process group, or what follows, fails
         self.precision = launcher.precision(config.machine.precision, os.environ)
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
 

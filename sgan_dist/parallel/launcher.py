@@ -40,16 +40,19 @@ def adopt_slurm(environ: MutableMapping[str, str]) -> None:
     process of a batch script itself, which srun did not start, stays a world of one.
 
     Raises:
-        UserError: SLURM has no list of the tasks' nodes.
+        UserError: some of SLURM's variables are missing.
     """
     tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "RANK" in environ or "SLURM_PROCID" not in environ or tasks == 1:
         return
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
-    if not nodes:
+    needed = ("SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
+    missing = [key for key in needed if not environ.get(key, "").isdigit()]
+    if missing or not nodes:
         raise UserError(
-            "srun started several tasks, and SLURM_STEP_NODELIST, the list of their nodes, is not"
-            " set: set MASTER_ADDR, MASTER_PORT, RANK, LOCAL_RANK and WORLD_SIZE yourself"
+            f"SLURM_PROCID and SLURM_STEP_NUM_TASKS={tasks} say that srun started several tasks, but"
+            f" {', '.join(missing) or 'SLURM_STEP_NODELIST'} is not set: unset SLURM_PROCID for a"
+            f" single process, or set {', '.join(RANK_VARIABLES)} yourself"
         )
     variables = {
         "RANK": environ["SLURM_PROCID"],
@@ -104,13 +107,18 @@ def check_variables(environ: Mapping[str, str]) -> None:
     if "RANK" not in environ and environ.get("WORLD_SIZE", "1") == "1":
         return
     missing = [name for name in RANK_VARIABLES if not environ.get(name)]
-    unset = f"for a single process: unset {' '.join(RANK_VARIABLES)}"
+    unset = f"for a single process, unset {' '.join(RANK_VARIABLES)}"
     if missing:
         present = ", ".join(name for name in RANK_VARIABLES if name not in missing)
         raise UserError(
             f"the environment has {present or 'empty variables of a launcher'}, but not"
             f" {', '.join(missing)}: start the processes by accelerate launch or torchrun, or {unset}"
         )
+    for key in ("LOCAL_RANK", "MASTER_PORT"):
+        if not environ[key].isdigit():
+            raise UserError(
+                f"{key} is {environ[key]} in the environment, and must be a number: {unset}"
+            )
     number, size = environ["RANK"], environ["WORLD_SIZE"]
     if not (number.isdigit() and size.isdigit() and int(number) < int(size)):
         raise UserError(

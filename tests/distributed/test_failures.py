@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from sgan_dist import checkpoint, evaluate, train
 from sgan_dist.config import Config
 from sgan_dist.errors import NonFiniteLoss, UserError
 from tests.conftest import small_config
-from tests.ranks import run_ranks
+from tests.ranks import REPOSITORY, environment, free_port, run_ranks
 
 pytestmark = pytest.mark.process
 
@@ -103,3 +105,54 @@ def test_ranks_share_an_evaluation(digits: Path, tmp_path: Path) -> None:
     (alone,) = run_ranks(1, errors_of, str(digits), tmp_path)
     assert run_ranks(3, errors_of, str(digits), tmp_path) == [alone] * 3
     assert sum(map(sum, alone[1])) == 1000
+
+
+# The first function registered is the last one to be called.
+LEAVE = """
+import atexit, os, signal, sys
+import torch.distributed as dist
+from sgan_dist.cli import main
+atexit.register(lambda: print("in a group at the end:", dist.is_initialized(), flush=True))
+code = main(sys.argv[2:])
+assert dist.is_initialized()
+if os.environ["RANK"] == sys.argv[1]:
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("killed", "option", "codes"),
+    [
+        ("none", "--seed=0", [0, 0]),
+        ("none", "--machine.world_size=3", [2, 2]),
+        ("1", "--seed=0", [0, -9]),
+    ],
+    ids=["done", "refused", "peer killed"],
+)
+def test_a_command_leaves_its_process_group(
+    killed: str, option: str, codes: list[int], digits: Path, tmp_path: Path
+) -> None:
+    command = ("plan", f"--data.root={digits}", f"--run_dir={tmp_path}", option)
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVE, killed, *command],
+            cwd=REPOSITORY,
+            env=environment(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE="2",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+                ACCELERATE_USE_CPU="true",
+            ),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=100)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == codes
+    for code, output in zip(codes, outputs, strict=True):
+        assert output.endswith("in a group at the end: False\n") == (code >= 0)

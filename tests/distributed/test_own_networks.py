@@ -19,7 +19,7 @@ OPTIONS = ("--model.discriminator_args={}", "--optim.decay=0", "--train.evaluate
 
 
 NAMES = ("Counting", "Tied", "ExtraState", "TensorState", "Spectral", "Half", "Compiled")
-SOON = (("Tied", 1), ("ExtraState", 2), ("Counting", 1))  # in `make test`; the others take long
+SOON = (("Tied", 1), ("ExtraState", 2))  # in `make test`; the others take long
 
 
 @pytest.mark.parametrize(

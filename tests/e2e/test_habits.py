@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import shlex
 import signal
 import subprocess
@@ -64,7 +65,7 @@ def wait_for(path: Path, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("slurm", [False, True])
+@pytest.mark.parametrize("slurm", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_leftover_variables_are_named_and_ctrl_c_ends_the_wait(
     slurm: bool, digits: Path, tmp_path: Path
 ) -> None:
@@ -102,7 +103,9 @@ def test_leftover_variables_are_named_and_ctrl_c_ends_the_wait(
         ({"RANK": "0", "WORLD_SIZE": "2"}, "but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "2"}, "has WORLD_SIZE, but not RANK"),
         (dict.fromkeys(launcher.RANK_VARIABLES, "1"), "RANK is 1 and WORLD_SIZE is 1"),
-        (dict.fromkeys(launcher.RANK_VARIABLES, "x"), "RANK is x and WORLD_SIZE is x"),
+        (dict.fromkeys(launcher.RANK_VARIABLES, "x"), "LOCAL_RANK is x"),
+        (dict.fromkeys(launcher.RANK_VARIABLES, "1") | {"MASTER_PORT": "x"}, "MASTER_PORT is x"),
+        (dict.fromkeys(launcher.RANK_VARIABLES, "1") | {"RANK": "-1"}, "RANK is -1"),
     ],
 )
 def test_partial_variables_are_refused(variables: dict[str, str], message: str) -> None:
@@ -111,6 +114,7 @@ def test_partial_variables_are_refused(variables: dict[str, str], message: str) 
     launcher.check_variables({"WORLD_SIZE": "1", "MASTER_PORT": "29500"})
 
 
+@pytest.mark.slow
 def test_a_variable_exported_in_a_shell_is_no_launcher(digits: Path, tmp_path: Path) -> None:
     """The shell ends, and the run in the background goes on."""
     command = python(*training(digits, tmp_path, *SLOW, "--train.steps=20"))
@@ -121,7 +125,9 @@ def test_a_variable_exported_in_a_shell_is_no_launcher(digits: Path, tmp_path: P
     assert summary(tmp_path)["step"] == 20
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGHUP, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
 def test_a_closed_terminal_and_a_batch_systems_warning_stop_a_run(
     number: signal.Signals, digits: Path, tmp_path: Path
 ) -> None:
@@ -135,6 +141,25 @@ def test_a_closed_terminal_and_a_batch_systems_warning_stop_a_run(
     assert (tmp_path / "latest").exists()
 
 
+@pytest.mark.parametrize(("ignored", "code"), [(True, 0), (False, 129)], ids=["nohup", "plain"])
+def test_a_terminal_closes(ignored: bool, code: int, digits: Path, tmp_path: Path) -> None:
+    """It sends HUP, and what is written to it fails from then on."""
+    command = python(*training(digits, tmp_path, *SLOW, "--train.steps=30"))
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(REPOSITORY)
+        trap = "trap '' HUP; " if ignored else ""
+        os.execvpe("bash", ["bash", "-c", f"{trap}exec {command}"], environment())
+    wait_for(tmp_path / "metrics.jsonl")
+    while not (tmp_path / "metrics.jsonl").read_text():
+        time.sleep(0.1)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == code
+    assert (tmp_path / "DONE").exists() == ignored and (tmp_path / "latest").exists()
+
+
+@pytest.mark.slow
 def test_nohup_is_heeded(digits: Path, tmp_path: Path) -> None:
     command = python(*training(digits, tmp_path, *SLOW, "--train.steps=30"))
     with shell(f"exec nohup {command} > {tmp_path}/log 2>&1") as process:
@@ -144,7 +169,9 @@ def test_nohup_is_heeded(digits: Path, tmp_path: Path) -> None:
     assert summary(tmp_path)["step"] == 30
 
 
-@pytest.mark.parametrize("redirection", ["2>&1 | head -n 1", ">&- 2>&-"])
+@pytest.mark.parametrize(
+    "redirection", ["2>&1 | head -n 1", pytest.param(">&- 2>&-", marks=pytest.mark.slow)]
+)
 def test_a_run_outlives_the_readers_of_its_output(
     redirection: str, digits: Path, tmp_path: Path
 ) -> None:

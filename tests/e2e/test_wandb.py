@@ -45,7 +45,8 @@ def test_without_a_key_it_is_offline(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "written"), [("offline", True), ("disabled", False)], ids=["offline", "disabled"]
+    ("mode", "written"),
+    [("offline", True), pytest.param("disabled", False, marks=pytest.mark.slow)],
 )
 def test_the_users_own_setting_is_heeded(
     mode: str, written: bool, digits: Path, tmp_path: Path, server: WandbServer

@@ -210,3 +210,10 @@ def test_each_process_of_a_node_needs_a_gpu_if_there_are_any() -> None:
     launcher.check_gpus(two | {"ACCELERATE_USE_CPU": "true"}, gpus=1)
     with pytest.raises(UserError, match=r"2 processes .* with 1 GPU: .*--num_processes 1"):
         launcher.check_gpus(two, gpus=1)
+
+
+@pytest.mark.parametrize("name", ["SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID"])
+def test_slurms_variables_may_be_incomplete(name: str) -> None:
+    environ = {key: value for key, value in SRUN.items() if key != name}
+    with pytest.raises(UserError, match=f"but {name} is not set: unset SLURM_PROCID"):
+        launcher.adopt_slurm(environ)
