@@ -78,6 +78,7 @@ def test_help_names_the_commands_and_settings() -> None:
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_every_entry_trains_the_same(digits: Path, tmp_path: Path) -> None:
     entries = {
         "module": ("accelerate", "launch", "-m", "sgan_dist", "train"),

@@ -37,7 +37,7 @@ def catch_signals() -> None:
     HUP stays ignored under nohup.
     """
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _on_signal)
 
 

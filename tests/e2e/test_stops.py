@@ -86,6 +86,7 @@ for save_seconds in (0, 20, 60):
     assert done.stdout == "None\nNone\nthe job's time limit\n", done.stderr
 
 
+@pytest.mark.slow
 def test_a_batch_scripts_file_stops_a_run_without_alarm(digits: Path, tmp_path: Path) -> None:
     notice, outcome = tmp_path / "notice", tmp_path / "outcome"
     files: dict[str, Any] = {"SGAN_PREEMPTED": str(notice), "SGAN_OUTCOME": str(outcome)}

@@ -84,6 +84,7 @@ def test_one_run_over_resumes(digits: Path, tmp_path: Path, server: WandbServer)
     assert any("samples" in line for line in server.history)
 
 
+@pytest.mark.slow
 def test_an_alert_reaches_the_run(digits: Path, tmp_path: Path, server: WandbServer) -> None:
     arguments = training(digits, tmp_path / "run", "--train.steps=20")
     assert run("python", *arguments, **online(server))[0] == 0
