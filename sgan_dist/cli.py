@@ -47,8 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _outlive_readers()
     _set_up_logging()
     try:
-        launcher.adopt_slurm(os.environ)
         launcher.check_variables(os.environ)
+    except UserError as error:  # not by _log_error: there may be no rank 0
+        log.error(f"error: {error}")
+        return 2
+    try:
+        launcher.adopt_slurm(os.environ)
         launcher.use_all_cores(os.environ)
         if argv[:1] == ["train"]:
             _train(argv[1:])
@@ -307,7 +311,7 @@ class _Output(io.TextIOWrapper):
 
 
 def _outlive_readers() -> None:
-    """Lets a run go on where nobody reads its output any more, or where that is closed."""
+    """Lets a run continue where nobody reads its output any more, or where that is closed."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         try:
             os.fstat(number)

@@ -68,6 +68,11 @@ class _Trial:
     def name(self) -> str:
         return type(self.network).__name__
 
+    def outputs(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Returns what `call` does, without gradient; the network's state stays as it is."""
+        with _state_restored(self.network), torch.no_grad():
+            return self.call(inputs)
+
 
 def _check_discriminator(
     spec: DiscriminatorSpec, parts: list[str], config: Config, backend: Backend
@@ -228,24 +233,17 @@ def _check_images(name: str, images: Any, shape: tuple[int, ...]) -> None:
 
 def _check_randomness(trial: _Trial, inputs: Tensor) -> None:
     """Raises UserError if torch's, numpy's or Python's generator moves, or two outputs differ."""
-    state = copy.deepcopy(trial.network.state_dict())
     before = _generator_states(inputs.device)
-    with torch.no_grad():
-        first = trial.call(inputs)
-    moved = [
-        name for name, value in _generator_states(inputs.device).items() if value != before[name]
-    ]
+    first = trial.outputs(inputs)
+    after = _generator_states(inputs.device)
+    moved = [name for name, value in after.items() if value != before[name]]
     if moved:
         raise UserError(
             f"{trial.name} draws random numbers from {moved[0]}, as nn.Dropout and stochastic depth do,"
             " so that a resumed run or another number of processes would train another network:"
             f" {trial.advice}"
         )
-    trial.network.load_state_dict(state)  # spectral norm and running averages have moved
-    with torch.no_grad():
-        second = trial.call(inputs)
-    trial.network.load_state_dict(state)
-    if not all(map(_close, first, second)):
+    if not all(map(_close, first, trial.outputs(inputs))):
         raise UserError(
             f"{trial.name} gives two outputs for the same inputs and random numbers: keep no state in"
             f" it but parameters and buffers; if it draws random numbers, {trial.advice}"
@@ -253,49 +251,43 @@ def _check_randomness(trial: _Trial, inputs: Tensor) -> None:
 
 
 def _check_neighbors(trial: _Trial, inputs: Tensor) -> None:
-    """Raises UserError if the first output changes when the other inputs do.
+    """Raises UserError if the outputs for one half of the inputs change when the other half does.
 
     `GlobalBatchNorm` mixes samples exactly at any number of processes: it is in eval mode here.
     """
-    initial = copy.deepcopy(trial.network.state_dict())
-    noise = torch.Generator(inputs.device).manual_seed(0)
-    with torch.no_grad():
-        # layers that start at zero would hide what lies before them
-        for p in trial.network.parameters():
-            p.add_(torch.randn(p.shape, generator=noise, device=p.device, dtype=p.dtype), alpha=0.1)
-    state = copy.deepcopy(trial.network.state_dict())
-    half = len(inputs) // 2
-    other = inputs.flip(-1) * 0.5
-    same = True
-    for kept in (slice(None, half), slice(half, None)):  # each half must not see the other
-        others = other.clone()
-        others[kept] = inputs[kept]
-        with torch.no_grad(), _fixed_batch_norm(trial.network):
-            outputs = trial.call(inputs)
-            trial.network.load_state_dict(state)
-            changed = trial.call(others)
-        trial.network.load_state_dict(state)
-        same &= all(_close(a[kept], b[kept]) for a, b in zip(outputs, changed, strict=True))
-    trial.network.load_state_dict(initial)
-    if not same:
-        raise UserError(
-            f"{trial.name}: the output for an image depends on the other images of the batch, as with"
-            " nn.BatchNorm2d, so that another number of processes would train another network: use"
-            " sgan_dist.parallel.batchnorm.GlobalBatchNorm, weight norm or nn.GroupNorm"
-        )
+    half, noise = len(inputs) // 2, torch.Generator(inputs.device).manual_seed(0)
+    changed = inputs.flip(-1) * 0.5
+    first, second = (
+        torch.cat([inputs[:half], changed[half:]]),
+        torch.cat([changed[:half], inputs[half:]]),
+    )
+    with _state_restored(trial.network), _fixed_batch_norm(trial.network):
+        with torch.no_grad():
+            # layers that start at zero would hide what lies before them
+            for p in trial.network.parameters():
+                step = torch.randn(p.shape, generator=noise, device=p.device, dtype=p.dtype)
+                p.add_(step, alpha=0.1)
+        expected, kept_first, kept_second = map(trial.outputs, (inputs, first, second))
+    for whole, a, b in zip(expected, kept_first, kept_second, strict=True):
+        if not (_close(whole[:half], a[:half]) and _close(whole[half:], b[half:])):
+            raise UserError(
+                f"{trial.name}: the output for an image depends on the other images of the batch, as"
+                " with nn.BatchNorm2d, so that another number of processes would train another"
+                " network: use sgan_dist.parallel.batchnorm.GlobalBatchNorm, weight norm or"
+                " nn.GroupNorm"
+            )
 
 
 def _check_gradients(trial: _Trial, inputs: Tensor) -> None:
     """Raises UserError unless the first output, logits or images, has a gradient everywhere."""
-    state = copy.deepcopy(trial.network.state_dict())
     inputs = inputs.detach().requires_grad_()
     named = {name: p for name, p in trial.network.named_parameters() if p.requires_grad}
-    output = trial.call(inputs)[0]
     gradients: list[Tensor | None] = [None] * (len(named) + 1)
-    if output.requires_grad:
-        targets = [*named.values(), inputs]
-        gradients = list(torch.autograd.grad(output.sum(), targets, allow_unused=True))
-    trial.network.load_state_dict(state)
+    with _state_restored(trial.network):
+        output = trial.call(inputs)[0]
+        if output.requires_grad:
+            targets = [*named.values(), inputs]
+            gradients = list(torch.autograd.grad(output.sum(), targets, allow_unused=True))
     unused = [name for name, gradient in zip(named, gradients, strict=False) if gradient is None]
     if unused:
         raise UserError(
@@ -307,6 +299,16 @@ def _check_gradients(trial: _Trial, inputs: Tensor) -> None:
             f"{trial.name} passes no gradient to its inputs, through which the generator learns:"
             " compute its output without detach() and torch.no_grad()"
         )
+
+
+@contextlib.contextmanager
+def _state_restored(network: nn.Module) -> Iterator[None]:
+    """Undoes what the block does to the state: averages and spectral norm move with each call."""
+    state = copy.deepcopy(network.state_dict())
+    try:
+        yield
+    finally:
+        network.load_state_dict(state)
 
 
 @contextlib.contextmanager

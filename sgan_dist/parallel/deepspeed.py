@@ -146,8 +146,7 @@ class DeepSpeedBackend(Backend):
         self.wrapper = f"DeepSpeed ZeRO stage {lookup(zero, 'zero_optimization.stage') or 0}"
         if lookup(zero, "zero_optimization.offload_optimizer.device") == "cpu":
             self.wrapper += " with the optimizer on the CPU"
-        use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-        on_cpu = use_cpu or not torch.cuda.is_available()
+        on_cpu = launcher.uses_cpu(os.environ) or not torch.cuda.is_available()
         os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
         self._deepspeed = _import_deepspeed(on_cpu)
         # Not deepspeed.init_distributed, which looks for MPI where there is no launcher. Without

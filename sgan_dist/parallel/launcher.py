@@ -25,6 +25,8 @@ Precision = Literal["fp32", "bf16", "fp64"]
 # the launcher's --mixed_precision -> machine.precision
 PRECISIONS: dict[str, Precision] = {"no": "fp32", "bf16": "bf16"}
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# requests to stop: a closed terminal sends HUP, a batch system may send USR1
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 CPU_RANKS = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {n} launch/train.py"
 )
@@ -149,7 +151,7 @@ def joining(environ: Mapping[str, str]) -> Iterator[None]:
     timer.daemon = True
     handlers = {
         number: signal.signal(number, signal.SIG_DFL)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+        for number in STOP_SIGNALS
         if callable(signal.getsignal(number))
     }
     timer.start()
@@ -161,10 +163,15 @@ def joining(environ: Mapping[str, str]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def uses_cpu(environ: Mapping[str, str]) -> bool:
+    """Whether the user asks Accelerate for the CPU, on a machine with GPUs too."""
+    return environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
 def check_gpus(environ: Mapping[str, str], gpus: int) -> None:
     """Raises UserError if a node with GPUs has fewer of them than processes: NCCL needs one each."""
     processes = int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or "1")
-    if 0 < gpus < processes and environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true"):
+    if 0 < gpus < processes and not uses_cpu(environ):
         raise UserError(
             f"{processes} processes were started on a node with {plural(gpus, 'GPU')}: start one for"
             f" each GPU (--num_processes {gpus}), or train on the CPU with ACCELERATE_USE_CPU=true"

@@ -14,14 +14,12 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from sgan_dist.parallel.launcher import launcher_pid
+from sgan_dist.parallel.launcher import STOP_SIGNALS, launcher_pid
 
 log = logging.getLogger(__name__)
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
 EXIT_SECONDS = 30.0  # of a job's time, reserved for what follows the last step and its save
-# a closed terminal sends HUP, a batch system may send USR1
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 _received: signal.Signals | None = None
 _stop_file: Path | None = None
@@ -32,11 +30,11 @@ _save_seconds = 0.0
 
 
 def catch_signals() -> None:
-    """Makes the first signal of SIGNALS set a flag, and a second TERM or Ctrl-C end the process.
+    """Makes the first of STOP_SIGNALS set a flag, and a second TERM or Ctrl-C end the process.
 
     HUP stays ignored under nohup.
     """
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _on_signal)
 

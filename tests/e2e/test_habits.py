@@ -32,15 +32,7 @@ SLOW = (
 @contextmanager
 def shell(line: str, **more: str | None) -> Iterator[subprocess.Popen[str]]:
     """A command line of bash in the repository, with all its processes ended afterwards."""
-    process = subprocess.Popen(
-        ["bash", "-c", line],
-        cwd=REPOSITORY,
-        env=environment(**more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = launch("/bin/bash", "-c", line, **more)
     try:
         yield process
     finally:
@@ -114,9 +106,14 @@ def test_partial_variables_are_refused(variables: dict[str, str], message: str) 
     launcher.check_variables({"WORLD_SIZE": "1", "MASTER_PORT": "29500"})
 
 
+def test_incomplete_variables_are_named_on_any_rank() -> None:
+    code, output = run("sgan-dist", "plan", RANK="1", WORLD_SIZE="2")
+    assert code == 2 and "but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in output, output
+
+
 @pytest.mark.slow
 def test_a_variable_exported_in_a_shell_is_no_launcher(digits: Path, tmp_path: Path) -> None:
-    """The shell ends, and the run in the background goes on."""
+    """The shell ends, and the run in the background continues."""
     command = python(*training(digits, tmp_path, *SLOW, "--train.steps=20"))
     line = f"export ACCELERATE_MIXED_PRECISION=no; {command} > {tmp_path}/log 2>&1 & sleep 1"
     with shell(line) as process:
@@ -160,7 +157,7 @@ def test_a_terminal_closes(ignored: bool, code: int, digits: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_nohup_is_heeded(digits: Path, tmp_path: Path) -> None:
+def test_nohup_keeps_a_run(digits: Path, tmp_path: Path) -> None:
     command = python(*training(digits, tmp_path, *SLOW, "--train.steps=30"))
     with shell(f"exec nohup {command} > {tmp_path}/log 2>&1") as process:
         wait_for_step(process, tmp_path, 10)

@@ -48,7 +48,7 @@ def test_without_a_key_it_is_offline(digits: Path, tmp_path: Path) -> None:
     ("mode", "written"),
     [("offline", True), pytest.param("disabled", False, marks=pytest.mark.slow)],
 )
-def test_the_users_own_setting_is_heeded(
+def test_the_users_own_setting_decides(
     mode: str, written: bool, digits: Path, tmp_path: Path, server: WandbServer
 ) -> None:
     """`wandb offline` and `wandb disabled` in the working folder, with a key."""

@@ -104,7 +104,7 @@ def _find(key: str, name: str, known: dict[str, type[nn.Module]]) -> type[nn.Mod
 
 @contextlib.contextmanager
 def _generators_restored() -> Iterator[None]:
-    """Restores the random generators: a module that seeds at import would make all seeds alike."""
+    """Restores the random generators: a module that seeds at import would make all seeds the same."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices=[]):  # a run seeds those of GPUs later
         try:
