@@ -91,7 +91,7 @@ def resumable(config: Config, saved: Mapping[str, Any]) -> tuple[Config, dict[st
             f"the checkpoint was made with {key} {value}, and {unknown(key, ())}; its run can be"
             " evaluated but not continued: start again with another --run_dir"
         )
-    for key in values.keys() - SETTINGS.keys() - {"data_fingerprint"}:
+    for key in values.keys() - SETTINGS.keys() - {"data_fingerprint", "random_version"}:
         raise UserError(
             f"the checkpoint was made by a newer version, which has a setting {key}: install that"
             " version, or start again with another --run_dir"

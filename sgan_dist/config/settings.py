@@ -173,7 +173,7 @@ class MachineConfig:
     deepspeed: Place | None = free(None)
     """a DeepSpeed JSON, by path or shipped name such as deepspeed/zero2; null: the launcher decides"""
     replica_check_every: NonNegativeInt = free(1000)
-    """steps between checks that all ranks hold the same weights; 0: never"""
+    """steps between checks that all ranks hold the same weights; 0: only at each start"""
     step_timeout: PositiveFloat = free(300.0)
     """seconds for a step with its evaluation and save; a longer one is a hang, and the run is killed"""
 

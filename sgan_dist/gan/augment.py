@@ -36,9 +36,10 @@ def augment(images: Tensor, config: AugmentConfig, rng: GlobalRandom) -> Tensor:
     theta = torch.cat([matrix, shift.unsqueeze(2)], 2)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     if config.elastic:
-        # pixels in the grid's unit, half an image
-        pixel = images.new_tensor([2 / width, 2 / height]).view(2, 1, 1)
-        coarse = rng.normal(2, 5, 5).to(images.dtype) * (config.elastic * pixel)
+        coarse = rng.normal(2, 5, 5).to(images.dtype)
+        # from pixels to the grid's unit, half an image; a tensor of two numbers would be copied there
+        x, y = coarse.mul(2 * config.elastic).unbind(1)
+        coarse = torch.stack([x / width, y / height], 1)
         smooth = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
         grid = grid + smooth.permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

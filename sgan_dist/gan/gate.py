@@ -28,7 +28,7 @@ from sgan_dist.gan.networks import DiscriminatorSpec
 from sgan_dist.parallel.agreement import run_on_all
 from sgan_dist.parallel.batchnorm import GlobalBatchNorm
 from sgan_dist.parallel.engine import Backend
-from sgan_dist.parallel.random import BatchSlice, GlobalRandom
+from sgan_dist.parallel.random import GlobalRandom
 
 IMAGES = 2  # of each part
 TOLERANCE = 1e-4  # relative and absolute, of outputs that should be equal
@@ -324,7 +324,7 @@ def _fixed_batch_norm(network: nn.Module) -> Iterator[None]:
 
 
 def _random(config: Config, purpose: str, parts: list[str], backend: Backend) -> GlobalRandom:
-    rows = {part: BatchSlice.of(IMAGES, 0, 1) for part in parts}
+    rows = {part: range(IMAGES) for part in parts}
     return GlobalRandom(config.seed, purpose, 0, rows, backend.device)
 
 

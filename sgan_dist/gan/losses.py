@@ -15,6 +15,7 @@ the global value, in value and in gradient. Losses are computed in at least fp32
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -63,7 +64,7 @@ def feature_matching(
     loss, so the means are global and have no gradient; it comes from `fake_features` alone.
 
     Args:
-        real_mean: mean features (F,) of the global batch of real images; see `feature_mean`.
+        real_mean: mean features (F,) of the global batch of real images; see `feature_means`.
         fake_features: features (n, F) of one micro-batch of generated images, with gradient.
         fake_mean: mean features (F,) of the global batch of generated images.
         count: number of generated images in the global batch.
@@ -75,9 +76,16 @@ def feature_matching(
     return loss - loss.detach() * (1 - 1 / shares)
 
 
-def feature_mean(features: list[Tensor], count: int) -> Tensor:
-    """Mean features (F,) of a global batch of `count`, from micro-batches (n, F); no gradient."""
-    return all_sum(torch.stack([_upcast(f.detach()).sum(0) for f in features]).sum(0)) / count
+def feature_means(*batches: tuple[Sequence[Tensor], int]) -> Tensor:
+    """Mean features (k, F) of k global batches, in one collective; no gradient.
+
+    Of each batch: this rank's micro-batches of features (n, F), and the global number of images.
+    """
+    sums = [
+        torch.stack([_upcast(f.detach()).sum(0) for f in features]).sum(0) / count
+        for features, count in batches
+    ]
+    return all_sum(torch.stack(sums))
 
 
 def non_saturating(log_odds: Tensor, count: int) -> Tensor:

@@ -17,9 +17,11 @@ from sgan_dist.gan import ema
 from sgan_dist.gan.models import build_discriminator, build_generator
 from sgan_dist.gan.models.base import CHW, data_dependent_init
 from sgan_dist.gan.pixels import images_to_float
-from sgan_dist.parallel.collectives import differing_replica, gather_batch
+from sgan_dist.parallel.collectives import broadcast, differing_replica, first_rows
 from sgan_dist.parallel.engine import Backend, Engine
-from sgan_dist.parallel.random import BatchSlice, GlobalRandom
+from sgan_dist.parallel.random import GlobalRandom, share
+
+INIT_ROWS = 512  # images of the first batch from which D's initial values are made
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def build(config: Config, image_hwc: tuple[int, int, int], classes: int, backend
     with backend.autocast():
         engine.warm_up(torch.zeros(2, *spec.image_chw, device=backend.device, dtype=backend.dtype))
         if generator is not None:
-            rows = {"example": BatchSlice.of(2, 0, 1)}
+            rows = {"example": range(2)}
             rng = GlobalRandom(config.seed, "warm_up", 0, rows, backend.device)
             generator.warm_up(generator.network.latent(rng).to(backend.dtype))  # type: ignore[operator]
     return SGAN(engine, generator, average, uniform)
@@ -134,15 +136,23 @@ def build(config: Config, image_hwc: tuple[int, int, int], classes: int, backend
 def initialize(sgan: SGAN, first: SemiSupervisedBatch, seed: int, backend: Backend) -> None:
     """Data-dependent initialization of D from the first global batch, the same on every rank.
 
-    D's noise is on: without it, signals would be too large for noise of a fixed size, and would stay
-    so in layers whose scale is not trained.
+    From at most INIT_ROWS of its images, labeled and unlabeled in the batch's proportion. D's noise is
+    on: without it, signals would be too large for noise of a fixed size, and would stay so in layers
+    whose scale is not trained.
     """
-    splits = [split for split in (first.labeled, first.unlabeled) if len(split)]
-    floats = [images_to_float(split, backend.device, backend.dtype) for split in splits]
-    images = torch.cat([gather_batch(split) for split in floats])
+    network, splits = sgan.discriminator.network, (first.labeled, first.unlabeled)
+    totals = [len(split) * backend.world_size for split in splits]
+    kept = min(INIT_ROWS, sum(totals))
+    labeled = max(1, round(kept * totals[0] / sum(totals)))
+    parts = []
+    for split, total, count in zip(splits, totals, (labeled, kept - labeled), strict=True):
+        rows = share(total, backend.rank, backend.world_size)
+        parts.append(first_rows(split.to(backend.device), rows, count))
+    images = images_to_float(torch.cat(parts), backend.device, backend.dtype)
+    rng = GlobalRandom(seed, "init", 0, {"first": range(kept)}, backend.device)
     # Every rank has all images: in training mode batch norm would count them once per rank.
-    rows = {"first": BatchSlice.of(len(images), 0, 1)}
-    rng = GlobalRandom(seed, "init", 0, rows, backend.device)
-    data_dependent_init(sgan.discriminator.network.eval(), images, rng)
-    sgan.discriminator.network.train()
-    sgan.average.load_state_dict(sgan.discriminator.network.state_dict())
+    data_dependent_init(network.eval(), images, rng)
+    network.train()
+    # Each rank computed the same, but GPUs may round in different ways.
+    broadcast(value for value in network.state_dict().values() if isinstance(value, Tensor))
+    sgan.average.load_state_dict(network.state_dict())

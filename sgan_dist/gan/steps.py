@@ -19,7 +19,7 @@ from sgan_dist.gan.networks import SGAN
 from sgan_dist.gan.pixels import images_to_float
 from sgan_dist.parallel.collectives import all_sum
 from sgan_dist.parallel.engine import Backend, Engine, frozen
-from sgan_dist.parallel.random import BatchSlice, GlobalRandom
+from sgan_dist.parallel.random import GlobalRandom, share
 
 ALIGNMENT_MOMENTUM = 0.01  # of the averaged D's mean prediction
 
@@ -71,10 +71,10 @@ def discriminator_step(
             terms, fractions = _discriminator_terms(
                 logits, micro_labels, micro_targets, counts, config
             )
-            _add(shares, {f"d/{name}": share for name, share in terms.items()} | fractions)
+            _add(shares, {f"d/{name}": term for name, term in terms.items()} | fractions)
             if (step + 1) % config.train.log_every == 0:
                 _add(shares, _squared_logit_gradients(terms, output.logits))
-            weighted = [weights.get(name, 1.0) * share for name, share in terms.items()]
+            weighted = [weights.get(name, 1.0) * term for name, term in terms.items()]
             sgan.discriminator.backward(torch.stack(weighted).sum())
     return _update(sgan.discriminator, "d", shares, config.optim.lr, config, step)
 
@@ -90,28 +90,34 @@ def generator_step(
     engine, step = sgan.generator, batch.step
     assert engine is not None
     count, shares_of_loss = config.batch.fake, config.batch.accumulation * backend.world_size
-    real_mean = fake_mean = None
-    if config.loss.generator == "feature_matching":
+    matching = config.loss.generator == "feature_matching"
+    real_features: list[Tensor] = []
+    if matching:
         images = {"unlabeled": images_to_float(batch.unlabeled, backend.device, backend.dtype)}
-        real_mean = _mean_features(sgan, images, "generator/real", config, backend, step)
+        real_features = _features(sgan, images, "generator/real", config, backend, step)
+    real_count = len(batch.unlabeled) * backend.world_size
 
     shares: dict[str, Tensor] = {}
     with engine.accumulate(sync=True):
         fake = _generate(engine, "generator", config, backend, step)
         images = {"fake": fake.detach().requires_grad_()}
-        if real_mean is not None and config.batch.accumulation > 1:
-            # The mean over all micro-batches, which the loss of each needs, takes a pass of its own.
-            fake_mean = _mean_features(sgan, images, "generator/fake", config, backend, step)
-        for output in _frozen_outputs(sgan, images, "generator/fake", config, backend, step):
-            if real_mean is None:
+        outputs = _frozen_outputs(sgan, images, "generator/fake", config, backend, step)
+        if matching:
+            if config.batch.accumulation == 1:
+                only = next(outputs)
+                outputs, fake_features = iter([only]), [only.features]
+            else:
+                # The mean over all micro-batches, which the loss of each needs, takes another pass.
+                fake_features = _features(sgan, images, "generator/fake", config, backend, step)
+            means = losses.feature_means((real_features, real_count), (fake_features, count))
+        for output in outputs:
+            if matching:
+                loss = losses.feature_matching(
+                    means[0], output.features, means[1], count, shares_of_loss
+                )
+            else:
                 odds = losses.log_odds_real(output.logits, config.loss.form)
                 loss = losses.non_saturating(odds, count)
-            else:
-                if fake_mean is None:
-                    fake_mean = losses.feature_mean([output.features], count)
-                loss = losses.feature_matching(
-                    real_mean, output.features, fake_mean, count, shares_of_loss
-                )
             _add(shares, {f"g/{config.loss.generator}": loss})
             torch.autograd.backward(loss)
         gradient = images["fake"].grad
@@ -159,15 +165,15 @@ def _discriminator_terms(
 def _squared_logit_gradients(terms: dict[str, Tensor], logits: Tensor) -> dict[str, Tensor]:
     """The squared norm of each term's gradient at D's logits: a term with none teaches nothing."""
     squares = {}
-    for name, share in terms.items():
-        (gradient,) = torch.autograd.grad(share, logits, retain_graph=True)
+    for name, term in terms.items():
+        (gradient,) = torch.autograd.grad(term, logits, retain_graph=True)
         squares[f"d/squared_logit_gradient/{name}"] = gradient.double().square().sum()
     return squares
 
 
 def _generate(engine: Engine, phase: str, config: Config, backend: Backend, step: int) -> Tensor:
     """This rank's slice of the global batch of fakes; with gradient only in G's own step."""
-    rows = BatchSlice.of(config.batch.fake, backend.rank, backend.world_size)
+    rows = share(config.batch.fake, backend.rank, backend.world_size)
     rng = GlobalRandom(config.seed, f"{phase}/latent", step, {"fake": rows}, backend.device)
     z = engine.network.latent(rng).to(backend.dtype)  # type: ignore[operator]
     with backend.autocast():
@@ -187,8 +193,7 @@ def _micro_batches(
     n, rank, world = config.batch.accumulation, backend.rank, backend.world_size
     for number in range(n):
         slices = {
-            kind: BatchSlice.of(world * len(x), rank * n + number, world * n)
-            for kind, x in images.items()
+            kind: share(world * len(x), rank * n + number, world * n) for kind, x in images.items()
         }
         rng = GlobalRandom(config.seed, phase, step, slices, backend.device)
         cut = {kind: x.chunk(n)[number] for kind, x in images.items()}
@@ -209,14 +214,12 @@ def _frozen_outputs(
 
 
 @torch.no_grad()
-def _mean_features(
+def _features(
     sgan: SGAN, images: dict[str, Tensor], phase: str, config: Config, backend: Backend, step: int
-) -> Tensor:
-    """The frozen D's mean features (F,) over the global batch of images of one kind."""
+) -> list[Tensor]:
+    """The frozen D's features (n, F) of this rank's images of one kind, by micro-batch."""
     outputs = _frozen_outputs(sgan, images, phase, config, backend, step)
-    (rows,) = images.values()
-    count = len(rows) * backend.world_size
-    return losses.feature_mean([output.features for output in outputs], count)
+    return [output.features for output in outputs]
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import functools
 import hashlib
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -55,13 +56,31 @@ def differentiable_sum(value: Tensor) -> Tensor:
     return _DifferentiableSum.apply(value) if world_size() > 1 else value  # type: ignore[no-untyped-call]
 
 
-def gather_batch(local: Tensor) -> Tensor:
-    """The global batch, ranks in order, from slices of equal size; without gradient."""
+def gather(local: Tensor) -> Tensor:
+    """The slices of all ranks end to end, ranks in order; equal shapes, without gradient."""
     if world_size() == 1:
         return local
     slices = [torch.empty_like(local) for _ in range(world_size())]
     dist.all_gather(slices, local.contiguous())
     return torch.cat(slices)
+
+
+def first_rows(local: Tensor, rows: range, count: int) -> Tensor:
+    """The first `count` rows of a global batch, of which this rank holds the rows `rows` as `local`.
+
+    No gradient. Costs `count` rows at any world size: ranks add what they have of them.
+    """
+    first = local.new_zeros(count, *local.shape[1:])
+    own = range(min(rows.start, count), min(rows.stop, count))
+    first[own.start : own.stop] = local[: len(own)]
+    return all_sum(first)
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Gives every rank the values of rank 0, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def as_bytes(tensor: Tensor) -> bytes:

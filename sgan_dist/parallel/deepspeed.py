@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sgan_dist.config import Config, OptimConfig
 from sgan_dist.errors import UserError
 from sgan_dist.parallel import launcher
-from sgan_dist.parallel.collectives import gather_batch, rank, world_size
+from sgan_dist.parallel.collectives import gather, rank, world_size
 from sgan_dist.parallel.deepspeed_config import fill_auto, lookup
 from sgan_dist.parallel.engine import Backend, Engine, make_optimizer
 
@@ -93,7 +93,7 @@ class DeepSpeedEngine(Engine):
         state: dict[int, dict[str, Any]] = {i: {} for i in self._trained}
         for key, value in optimizer.state.get(local, {}).items():
             if isinstance(value, Tensor) and value.dim():
-                whole = gather_batch(value.to(self._parameters[0].device))
+                whole = gather(value.to(self._parameters[0].device))
                 for i, (start, parameter) in self._offsets().items():
                     moment = whole[start : start + parameter.numel()]
                     state[i][key] = moment.view_as(parameter).clone()

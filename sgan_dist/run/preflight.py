@@ -24,6 +24,7 @@ from sgan_dist.parallel import launcher
 from sgan_dist.parallel.agreement import run_on_all, run_on_main
 from sgan_dist.parallel.backends import open_backend
 from sgan_dist.parallel.engine import Backend
+from sgan_dist.parallel.random import RANDOM_VERSION
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,9 @@ def resolve_precision(config: Config) -> Config:
 
 
 def identity(config: Config, index: DatasetIndex) -> dict[str, Any]:
-    """Returns setting -> value of all that a run's result depends on, with the data's fingerprint."""
-    return result_settings(config) | {"data_fingerprint": index.fingerprint}
+    """Returns setting -> value of all that a run's result depends on, with data and random numbers."""
+    versions = {"data_fingerprint": index.fingerprint, "random_version": RANDOM_VERSION}
+    return result_settings(config) | versions
 
 
 def refuse_other_run(config: Config, index: DatasetIndex) -> Config:
@@ -66,16 +68,25 @@ def refuse_other_run(config: Config, index: DatasetIndex) -> Config:
     it: rank 0 reads the checkpoint, and each rank keeps its own paths.
 
     Raises:
-        UserError: the run directory holds a checkpoint of another run.
+        UserError: the run directory holds a checkpoint of another run, or of a version that draws
+            other random numbers.
     """
     path, _ = run_on_main(lambda: checkpoint.latest(config.directory))
     if path is None:
         return config
     meta = run_on_main(lambda: checkpoint.read_meta(path))
+    version = meta["meaning"].get("random_version", 1)  # 0.1.0 did not write it
 
     def resumed() -> Config:
         continued, saved = resumable(config, meta["meaning"])
-        checkpoint.refuse_other_run(path, saved, identity(continued, index))
+        current = identity(continued, index)
+        checkpoint.refuse_other_run(path, saved, current | {"random_version": version})
+        if version != RANDOM_VERSION:
+            raise UserError(
+                f"{config.directory} was trained with random numbers of version {version}, and this"
+                f" program draws those of version {RANDOM_VERSION}: continue it with the release that"
+                " made it, or start again with another --run_dir; it can still be evaluated"
+            )
         return continued
 
     return run_on_all(resumed)

@@ -26,7 +26,7 @@ from sgan_dist.gan.steps import discriminator_step, generator_step, rate
 from sgan_dist.parallel.agreement import catch, run_on_all, run_on_main, synchronize
 from sgan_dist.parallel.collectives import gather_objects
 from sgan_dist.parallel.engine import Backend
-from sgan_dist.parallel.random import BatchSlice, GlobalRandom
+from sgan_dist.parallel.random import GlobalRandom
 from sgan_dist.run import alarms, preflight, rundir, stopping
 from sgan_dist.run.state import TrainState
 from sgan_dist.run.tracking import Tracker, log_progress
@@ -55,6 +55,7 @@ class Session:
             first = run_on_all(lambda: next(self._batches))
             initialize(self.sgan, first, config.seed, backend)
             self._batches = itertools.chain([first], self._batches)
+        self.sgan.check_replicas(self.state.step)
         self._tracker = run_on_all(
             lambda: Tracker(self._run, config, self.state.step, active=self._is_main)
         )
@@ -150,7 +151,7 @@ class Session:
         if self.sgan.generator is None:
             return {}
         generator, backend = self.sgan.generator.network, self._backend
-        rows = {"grid": BatchSlice.of(GRID, 0, 1)}
+        rows = {"grid": range(GRID)}
         rng = GlobalRandom(self.config.seed, "grid", 0, rows, backend.device)
         path = self._run / "samples" / f"step-{self.state.step:08d}.png"
 

@@ -156,8 +156,8 @@ def train(rank: int, training: Training, state: State | None = None) -> State:
             if training.matching:
                 with torch.no_grad(), frozen(d.network), backend.autocast():
                     real = d.network(whole["unlabeled"])
-                real_mean = losses.feature_mean([real.features], UNLABELED)
-                mean = losses.feature_mean([out.features], FAKE)
+                real_mean = losses.feature_means(([real.features], UNLABELED))[0]
+                mean = losses.feature_means(([out.features], FAKE))[0]
                 loss = losses.feature_matching(real_mean, out.features, mean, FAKE, world)
             else:
                 odds = losses.log_odds_real(out.logits, "implied")

@@ -92,8 +92,8 @@ def test_feature_matching_value_and_gradient() -> None:
     real = torch.randn(6, 4, dtype=torch.float64)
     fake = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     difference = real.mean(0) - fake.detach().mean(0)
-    means = losses.feature_mean([real], 6), losses.feature_mean([fake], 3)
-    assert torch.allclose(losses.feature_mean([real[:2], real[2:]], 6), means[0])
+    means = losses.feature_means(([real], 6), ([fake], 3))
+    assert torch.allclose(losses.feature_means(([real[:2], real[2:]], 6))[0], means[0])
     # whole, and in parts, whose shares add up to the same value and gradient
     for cuts in ([slice(0, 3)], [slice(0, 1), slice(1, 3)]):
         shares = [losses.feature_matching(means[0], fake[c], means[1], 3, len(cuts)) for c in cuts]
@@ -115,7 +115,7 @@ def test_half_precision_logits_are_upcast(dtype: torch.dtype) -> None:
     logits = LOGITS.to(dtype)
     assert losses.supervised(logits, LABELS, N).dtype == torch.float32
     assert losses.log_odds_real(logits, "implied").dtype == torch.float32
-    assert losses.feature_mean([logits], N).dtype == torch.float32
+    assert losses.feature_means(([logits], N)).dtype == torch.float32
 
 
 def test_alignment_and_sharpening() -> None:

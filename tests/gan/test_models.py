@@ -13,7 +13,7 @@ from sgan_dist.errors import UserError
 from sgan_dist.gan.models import build_discriminator, build_generator
 from sgan_dist.gan.models.base import data_dependent_init, dropout, gaussian_noise, normed
 from sgan_dist.parallel.engine import frozen
-from sgan_dist.parallel.random import BatchSlice, GlobalRandom
+from sgan_dist.parallel.random import GlobalRandom
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def generator_of(name: str, image_chw: tuple[int, int, int], args: dict[str, Any
 
 
 def an_rng(n: int) -> GlobalRandom:
-    return GlobalRandom(0, "test", 0, {"all": BatchSlice.of(n, 0, 1)}, CPU)
+    return GlobalRandom(0, "test", 0, {"all": range(n)}, CPU)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_data_dependent_init_standardizes_every_layer(noisy: bool) -> None:
     images = torch.rand(200, 1, 28, 28) * 2 - 1
 
     def rng() -> GlobalRandom | None:
-        rows = {"all": BatchSlice(200, 0, 200)}
+        rows = {"all": range(200)}
         return GlobalRandom(0, "init", 0, rows, torch.device("cpu")) if noisy else None
 
     data_dependent_init(d, images, rng())
@@ -133,18 +133,16 @@ def test_the_tutorials_batch_norm_normalizes_parts_separately() -> None:
     d = discriminator_of("tutorial", (1, 28, 28), 10, {"dropout": 0}).double()
     real = torch.rand(6, 1, 28, 28, dtype=torch.float64)
     fakes = 5 * torch.rand(4, 1, 28, 28, dtype=torch.float64)
-    joined = GlobalRandom(
-        0, "x", 0, {"unlabeled": BatchSlice.of(6, 0, 1), "fake": BatchSlice.of(4, 0, 1)}, CPU
-    )
+    joined = GlobalRandom(0, "x", 0, {"unlabeled": range(6), "fake": range(4)}, CPU)
     both = d(torch.cat([real, fakes]), joined).logits
     averages = d.norm2.running_mean.clone()
-    separate = d(real, GlobalRandom(0, "x", 0, {"unlabeled": BatchSlice.of(6, 0, 1)}, CPU)).logits
+    separate = d(real, GlobalRandom(0, "x", 0, {"unlabeled": range(6)}, CPU)).logits
     assert torch.allclose(both[:6], separate)
     # running averages follow the real part, and stand still in a frozen network
     fresh = discriminator_of("tutorial", (1, 28, 28), 10, {"dropout": 0}).double()
     fresh.load_state_dict(d.state_dict())
     with frozen(fresh):
-        fresh(real, GlobalRandom(0, "x", 0, {"unlabeled": BatchSlice.of(6, 0, 1)}, CPU))
+        fresh(real, GlobalRandom(0, "x", 0, {"unlabeled": range(6)}, CPU))
     assert torch.equal(fresh.norm2.running_mean, d.norm2.running_mean)
     assert not torch.equal(averages, d.norm2.running_mean)
 

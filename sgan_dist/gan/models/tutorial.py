@@ -31,8 +31,8 @@ class PartwiseBatchNorm(GlobalBatchNorm):
         """`x` normalized part by part, by the sizes in `rng`; without it, as in evaluation."""
         if rng is None:
             return self.forward(x)
-        parts = zip(rng.sizes, torch.split(x, list(rng.sizes.values())), strict=True)
-        return torch.cat([self.normalize(part, track=name in TRACKED) for name, part in parts])
+        parts = torch.split(x, list(rng.sizes.values()))
+        return torch.cat(self.normalize(parts, [name in TRACKED for name in rng.sizes]))
 
 
 class TutorialDiscriminator(nn.Module):
