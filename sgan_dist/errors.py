@@ -16,7 +16,7 @@ class TransientError(UserError):
 
 
 class NonFiniteLoss(UserError):
-    """A loss or gradient became NaN or infinite. Raised before the optimizer step, on every rank."""
+    """A loss or gradient became NaN or infinite, and its update was left out. Raised on every rank."""
 
 
 class StopRequested(Exception):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sgan_dist.config import EmaConfig
+from sgan_dist.gan.brake import Brake
 
 
 @torch.no_grad()
 def update(
-    average: nn.Module, network: nn.Module, seen: int, batch: int, config: EmaConfig
+    average: nn.Module, network: nn.Module, seen: int, batch: int, config: EmaConfig, brake: Brake
 ) -> None:
     """Moves `average` towards `network`, after a step of `batch` images, the last of `seen` images.
 
@@ -23,9 +24,10 @@ def update(
     """
     half_life = min(config.half_life, config.rampup * seen) if config.rampup else config.half_life
     keep = 0.5 ** (batch / half_life)
-    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - keep)
-    for target, source in zip(average.buffers(), network.buffers(), strict=True):
-        target.copy_(source)
+    old: list[Tensor] = list(average.parameters())
+    new: list[Tensor] = list(network.parameters())
+    brake.assign(old, torch._foreach_lerp(old, new, 1 - keep))
+    brake.assign(average.buffers(), network.buffers())
     for target_module, module in zip(average.modules(), network.modules(), strict=True):
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             target_module.set_extra_state(copy.deepcopy(module.get_extra_state()))

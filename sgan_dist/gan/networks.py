@@ -14,6 +14,7 @@ from sgan_dist.config import Config, EmaConfig
 from sgan_dist.data.batch import SemiSupervisedBatch
 from sgan_dist.errors import UserError
 from sgan_dist.gan import ema
+from sgan_dist.gan.brake import Brake
 from sgan_dist.gan.models import build_discriminator, build_generator
 from sgan_dist.gan.models.base import CHW, data_dependent_init
 from sgan_dist.gan.pixels import images_to_float
@@ -35,6 +36,8 @@ class SGAN:
     """the moving average of D, which is evaluated and kept"""
     mean_prediction: Tensor
     """(N,), the running mean of the averaged D's class probabilities on unlabeled images"""
+    brake: Brake
+    """keeps all of this as it is once a loss or gradient was not finite"""
 
     def engines(self) -> dict[str, Engine]:
         """D's engine and, where there is one, G's, by name."""
@@ -48,7 +51,7 @@ class SGAN:
 
     def update_average(self, seen: int, batch: int, config: EmaConfig) -> None:
         """Updates the averaged D after a step; see `sgan_dist.gan.ema.update`."""
-        ema.update(self.average, self.discriminator.network, seen, batch, config)
+        ema.update(self.average, self.discriminator.network, seen, batch, config, self.brake)
 
     def check_replicas(self, step: int) -> None:
         """Raises UserError on every rank if the weights are not the same on all ranks."""
@@ -130,7 +133,7 @@ def build(config: Config, image_hwc: tuple[int, int, int], classes: int, backend
             rows = {"example": range(2)}
             rng = GlobalRandom(config.seed, "warm_up", 0, rows, backend.device)
             generator.warm_up(generator.network.latent(rng).to(backend.dtype))  # type: ignore[operator]
-    return SGAN(engine, generator, average, uniform)
+    return SGAN(engine, generator, average, uniform, Brake.released(backend.device))
 
 
 def initialize(sgan: SGAN, first: SemiSupervisedBatch, seed: int, backend: Backend) -> None:

@@ -1,4 +1,8 @@
-"""One step of D and one of G, each with one backward: what is minimized, and in what order."""
+"""One step of D, one of G, each with one backward: what is minimized, and in what order.
+
+The host waits for nothing: metrics are tensors, and the brake, not the host, leaves out an update that
+is not finite.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from sgan_dist.data.batch import SemiSupervisedBatch
 from sgan_dist.errors import NonFiniteLoss
 from sgan_dist.gan import losses
 from sgan_dist.gan.augment import augment
+from sgan_dist.gan.brake import Brake
 from sgan_dist.gan.models.base import DiscriminatorOutput
 from sgan_dist.gan.networks import SGAN
 from sgan_dist.gan.pixels import images_to_float
@@ -33,14 +38,42 @@ class MicroBatch:
     last: bool
 
 
-def discriminator_step(
-    sgan: SGAN, batch: SemiSupervisedBatch, config: Config, backend: Backend
-) -> dict[str, float]:
-    """Updates D on labeled, unlabeled and generated images; returns global means.
+@dataclass(frozen=True)
+class Metrics:
+    """Global means of a step, (k,) on the device, by name."""
+
+    names: list[str]
+    values: Tensor
+
+    def __add__(self, other: Metrics) -> Metrics:
+        return Metrics(self.names + other.names, torch.cat([self.values, other.values]))
+
+
+def train_step(sgan: SGAN, batch: SemiSupervisedBatch, config: Config, backend: Backend) -> Metrics:
+    """Updates D, then G, then the averaged D; returns global means.
+
+    If D's losses or gradient are not finite, everything stays as it was before the step, and in all
+    later ones; if G's are not, D has made the step. The caller sees it in the metrics.
 
     Raises:
-        NonFiniteLoss: on every rank, before the optimizer step.
+        NonFiniteLoss: under DeepSpeed, on every rank, before the update.
     """
+    discriminator, brake = sgan.discriminator.network, sgan.brake
+    generator_buffers = [] if sgan.generator is None else sgan.generator.network.buffers()
+    with brake.protecting(generator_buffers):  # D's step makes images with G, too
+        with brake.protecting([*discriminator.buffers(), sgan.mean_prediction]):
+            metrics = discriminator_step(sgan, batch, config, backend)
+        if sgan.generator is not None:
+            metrics += generator_step(sgan, batch, config, backend)
+    images = sum(config.batches.values())
+    sgan.update_average((batch.step + 1) * images, images, config.ema)
+    return metrics
+
+
+def discriminator_step(
+    sgan: SGAN, batch: SemiSupervisedBatch, config: Config, backend: Backend
+) -> Metrics:
+    """Updates D on labeled, unlabeled and generated images; raises as `train_step` does."""
     step, n = batch.step, config.batch.accumulation
     labels = batch.labels.to(backend.device, non_blocking=True).chunk(n)
     images = {"labeled": images_to_float(batch.labeled, backend.device, backend.dtype)}
@@ -76,13 +109,13 @@ def discriminator_step(
                 _add(shares, _squared_logit_gradients(terms, output.logits))
             weighted = [weights.get(name, 1.0) * term for name, term in terms.items()]
             sgan.discriminator.backward(torch.stack(weighted).sum())
-    return _update(sgan.discriminator, "d", shares, config.optim.lr, config, step)
+    return _update(sgan.discriminator, "d", shares, config.optim.lr, config, step, sgan.brake)
 
 
 def generator_step(
     sgan: SGAN, batch: SemiSupervisedBatch, config: Config, backend: Backend
-) -> dict[str, float]:
-    """Updates G against the updated, frozen D; returns global means. Raises as D's step does.
+) -> Metrics:
+    """Updates G against the updated, frozen D; raises as `train_step` does.
 
     G makes its whole batch at once, because its batch norm mixes the images; D sees it in
     micro-batches. Gradients are collected at the images, and G gets them in one backward.
@@ -123,7 +156,7 @@ def generator_step(
         gradient = images["fake"].grad
         assert gradient is not None
         engine.backward((fake * gradient).sum())
-    return _update(engine, "g", shares, config.optim.generator_lr, config, step)
+    return _update(engine, "g", shares, config.optim.generator_lr, config, step, sgan.brake)
 
 
 def rate(step: int, config: Config) -> float:
@@ -249,29 +282,35 @@ def _add(shares: dict[str, Tensor], more: dict[str, Tensor]) -> None:
 
 
 def _update(
-    engine: Engine, prefix: str, shares: dict[str, Tensor], lr: float, config: Config, step: int
-) -> dict[str, float]:
-    """Checks that losses and gradient are finite, and takes the optimizer step.
-
-    Returns the global values. Waits once for the device.
-    """
+    engine: Engine,
+    prefix: str,
+    shares: dict[str, Tensor],
+    lr: float,
+    config: Config,
+    step: int,
+    brake: Brake,
+) -> Metrics:
+    """Takes the optimizer step if losses and gradient are finite; returns the global values."""
     dtype = next(iter(shares.values())).dtype
-    totals = all_sum(torch.stack([value.to(dtype) for value in shares.values()]))
-    names, norm_name = list(shares), f"{prefix}/gradient_norm"
+    values = all_sum(torch.stack([value.to(dtype) for value in shares.values()]))
+    metrics = Metrics(list(shares), values)
     norm = engine.clip_gradients()
     if norm is not None:
-        totals = torch.cat([totals, norm.to(totals.dtype).view(1)])
-        names.append(norm_name)
-    metrics = dict(zip(names, totals.tolist(), strict=True))
-    _check_finite(metrics, step)
-    norm = engine.step(lr * rate(step, config))
+        metrics += Metrics([f"{prefix}/gradient_norm"], norm.to(dtype).view(1))
+    brake.check(metrics.values)
+    if not engine.skips_on_device:
+        check_finite(dict(zip(metrics.names, metrics.values.tolist(), strict=True)), step)
+    norm = engine.step(lr * rate(step, config), brake.flag)
     if norm is not None:  # ZeRO knows the norm only now, and skips the step if it is not finite
-        metrics[norm_name] = float(norm)
-        _check_finite(metrics, step)
+        last = Metrics([f"{prefix}/gradient_norm"], norm.to(dtype).view(1))
+        brake.check(last.values)
+        check_finite({last.names[0]: float(norm)}, step)
+        metrics += last
     return metrics
 
 
-def _check_finite(metrics: dict[str, float], step: int) -> None:
+def check_finite(metrics: dict[str, float], step: int) -> None:
+    """Raises NonFiniteLoss, which names the step and the first metric that is NaN or infinite."""
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
         raise NonFiniteLoss(

@@ -22,6 +22,8 @@ from sgan_dist.parallel.engine import Backend, Engine, make_optimizer
 class DDPEngine(Engine):
     """A network under DDP; in a single process, without a wrapper."""
 
+    skips_on_device = True
+
     def __init__(
         self,
         network: nn.Module,
@@ -62,7 +64,11 @@ class DDPEngine(Engine):
         # Not accelerator.backward: it divides by an accumulation count from the environment.
         (loss_share * self._accelerator.num_processes).backward()
 
-    def _step(self) -> None:
+    def _step(self, skip: Tensor) -> None:
+        self._optimizer.found_inf, self._optimizer.grad_scale = (
+            skip,
+            None,
+        )  # read by fused optimizers
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 

@@ -35,6 +35,8 @@ class DeepSpeedEngine(Engine):
     of all trained parameters. A checkpoint holds them whole, parameter by parameter.
     """
 
+    skips_on_device = False
+
     def __init__(self, network: nn.Module, engine: Any, clip_norm: float | None) -> None:
         super().__init__(network, engine.optimizer, clip_norm)
         self._engine = engine
@@ -72,7 +74,7 @@ class DeepSpeedEngine(Engine):
         """Under ZeRO, does nothing and returns None: `step` clips, and returns the norm."""
         return None if self._zero else super().clip_gradients()
 
-    def _step(self) -> Tensor | None:
+    def _step(self, skip: Tensor) -> Tensor | None:
         """Under ZeRO, returns the global norm before clipping; infinite if it was not finite."""
         self._engine.step()
         if not self._zero:

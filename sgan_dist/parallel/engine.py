@@ -31,6 +31,8 @@ class Engine(ABC):
 
     network: nn.Module
     """the plain module, without a wrapper"""
+    skips_on_device: bool
+    """whether `step` leaves out the update by the flag; else the host must check before"""
 
     def __init__(self, network: nn.Module, optimizer: Any, clip_norm: float | None) -> None:
         self.network = network
@@ -67,17 +69,18 @@ class Engine(ABC):
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm)
         return norm
 
-    def step(self, lr: float) -> Tensor | None:
+    def step(self, lr: float, skip: Tensor) -> Tensor | None:
         """Takes one optimizer step at the learning rate `lr`, and clears the gradients.
 
-        Returns the norm where `clip_gradients` did not. If that is not finite, the step was skipped.
+        `skip`, 0-d fp32 on the device: with 1, nothing changes, where `skips_on_device`. Returns the
+        norm where `clip_gradients` did not. If that is not finite, the step was skipped.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        return self._step()
+        return self._step(skip)
 
     @abstractmethod
-    def _step(self) -> Tensor | None: ...
+    def _step(self, skip: Tensor) -> Tensor | None: ...
 
     def state(self) -> dict[str, Any]:
         """Network and optimizer, whole, in the same form for every engine. All ranks call it."""

@@ -77,7 +77,8 @@ class GlobalRandom:
         x.bitwise_xor_((x >> 30).bitwise_and_((1 << 34) - 1)).mul_(_signed(MULTIPLIER_1))
         x.bitwise_xor_((x >> 27).bitwise_and_((1 << 37) - 1)).mul_(_signed(MULTIPLIER_2))
         x.bitwise_xor_((x >> 31).bitwise_and_((1 << 33) - 1))
-        return x.view(dtype)[:, :elements].reshape(-1, *shape)
+        numbers = x.flatten().view(dtype).view(len(first), words * 8 // dtype.itemsize)
+        return numbers[:, :elements].reshape(-1, *shape)
 
 
 def _hashed(text: str) -> int:

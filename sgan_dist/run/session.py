@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,17 +24,20 @@ from sgan_dist.evaluation.classifier import Classifier, save_classifier
 from sgan_dist.evaluation.metrics import count_predictions, evaluate
 from sgan_dist.gan.networks import build, initialize
 from sgan_dist.gan.pixels import save_grid
-from sgan_dist.gan.steps import discriminator_step, generator_step, rate
+from sgan_dist.gan.steps import check_finite, rate, train_step
 from sgan_dist.parallel.agreement import catch, run_on_all, run_on_main, synchronize
 from sgan_dist.parallel.collectives import gather_objects
 from sgan_dist.parallel.engine import Backend
 from sgan_dist.parallel.random import GlobalRandom
+from sgan_dist.parallel.readback import Readback
 from sgan_dist.run import alarms, preflight, rundir, stopping
 from sgan_dist.run.state import TrainState
 from sgan_dist.run.tracking import Tracker, log_progress
 
 log = logging.getLogger(__name__)
 GRID = 64  # images in a sample grid
+
+Unread = tuple[SemiSupervisedBatch, list[str], Readback]  # a step's metrics, not read yet
 
 
 class Session:
@@ -75,6 +80,7 @@ class Session:
         self._start_time = time.monotonic() - self.state.seconds  # as if all starts were one
         self._busy = self._data_wait = 0.0  # seconds since the last means(); a wait is busy too
         self._saved_step = self.state.step
+        self._unread: Unread | None = None
         self._stop_reason: str | None = None
 
     def due(self, interval: int) -> bool:
@@ -103,26 +109,48 @@ class Session:
         """Updates D, then G, then the averaged D.
 
         Raises:
-            NonFiniteLoss: on every rank, before the update; the sample ids of the batch are written.
+            NonFiniteLoss: on every rank, for this step or the one before it, whose update was left
+                out; the sample ids of its batch are written.
         """
-        start, config = time.monotonic(), self.config
+        start = time.monotonic()
+        with self._sample_ids_written(batch):
+            metrics = train_step(self.sgan, batch, self.config, self._backend)
+        last, self._unread = self._unread, (batch, metrics.names, Readback(metrics.values))
+        self._read(last)  # now that the device has the next step to work on
+        self.state.step += 1
+        self._bar.update()
+        self._busy += time.monotonic() - start
+
+    def settle(self) -> None:
+        """Reads the metrics of the last step, before its results are logged, saved or evaluated.
+
+        Raises as `train_step` does.
+        """
+        last, self._unread = self._unread, None
+        self._read(last)
+
+    def _read(self, unread: Unread | None) -> None:
+        if unread is None:
+            return
+        batch, names, values = unread
+        metrics = dict(zip(names, values.read(), strict=True))
+        with self._sample_ids_written(batch):
+            check_finite(metrics, batch.step)
+        self.state.add_metrics(metrics)
+
+    @contextlib.contextmanager
+    def _sample_ids_written(self, batch: SemiSupervisedBatch) -> Iterator[None]:
+        """Writes which images a step had if its loss or gradient is not finite."""
         try:
-            metrics = discriminator_step(self.sgan, batch, config, self._backend)
-            if self.sgan.generator is not None:
-                metrics |= generator_step(self.sgan, batch, config, self._backend)
+            yield
         except NonFiniteLoss:
             ids = gather_objects((batch.labeled_ids.tolist(), batch.unlabeled_ids.tolist()))
             run_on_main(lambda: rundir.write_sample_ids(self._run, batch.step, ids))
             raise
-        self.state.step += 1
-        images_seen = self.state.step * self._batch_images
-        self.sgan.update_average(images_seen, self._batch_images, config.ema)
-        self.state.add_metrics(metrics)
-        self._bar.update()
-        self._busy += time.monotonic() - start
 
     def means(self) -> dict[str, Any]:
         """Returns the mean metrics of the steps since the last call, learning rate and times."""
+        self.settle()
         images = self.config.train.log_every * self._batch_images
         line: dict[str, Any] = dict(self.state.take_means())
         line["lr"] = self.config.optim.lr * rate(self.state.step - 1, self.config)
@@ -136,6 +164,7 @@ class Session:
 
     def errors(self, split: str) -> dict[str, float]:
         """Returns the error of the averaged D, and of D itself (`_raw`), on a labeled split."""
+        self.settle()
         networks = {"": self.sgan.average, "_raw": self.sgan.discriminator.network}
         with open_storage(self.config) as storage:  # one for both: it checks each shard once
             return {
@@ -181,6 +210,7 @@ class Session:
         """Writes a checkpoint of this step, if there is none."""
         if self._saved_step == self.state.step:
             return
+        self.settle()
         start = time.monotonic()
         self.state.seconds = time.monotonic() - self._start_time
         state = self.sgan.state() | self.state.state_dict()

@@ -27,8 +27,9 @@ from torch.utils._pytree import tree_leaves
 
 from sgan_dist.config import Config, load_config
 from sgan_dist.data.batch import SemiSupervisedBatch
+from sgan_dist.gan.brake import Brake
 from sgan_dist.gan.networks import SGAN, build, initialize
-from sgan_dist.gan.steps import discriminator_step, generator_step
+from sgan_dist.gan.steps import train_step
 from sgan_dist.parallel import random
 from sgan_dist.parallel.ddp import DDPEngine
 from sgan_dist.parallel.engine import Backend, make_optimizer
@@ -183,6 +184,7 @@ def run(name: str, world_size: int, images: int) -> dict[str, Any]:
             and backend.prepare(on_fake_cuda(generator.network), optim.generator_lr, optim),
             on_fake_cuda(real.average),
             torch.empty(CLASSES, device=CUDA, dtype=backend.dtype),
+            Brake.released(CUDA),
         )
 
         def start() -> None:
@@ -190,10 +192,7 @@ def run(name: str, world_size: int, images: int) -> dict[str, Any]:
 
         def step(number: int) -> None:
             data = batch(config, number, world_size)
-            discriminator_step(sgan, data, config, backend)
-            if sgan.generator is not None:
-                generator_step(sgan, data, config, backend)
-            sgan.update_average((number + 1) * 2 * total, 2 * total, config.ema)
+            train_step(sgan, data, config, backend)
 
         first = observe(start)
         step(0)  # makes the optimizers' moments

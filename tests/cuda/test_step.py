@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ def test_a_step_runs_on_cuda_without_a_wait_and_by_few_collectives(library: Path
         assert seen["devices"] == ["cuda:0"], recipe
         assert seen["equal_traces"], recipe
         assert seen["blocking_copies"] == [], recipe
-        assert Counter(seen["syncs"]) <= Counter({"steps.py:_update": 2}), recipe
+        assert seen["syncs"] == [], recipe
         assert seen["collectives"] == collectives, recipe
 
 

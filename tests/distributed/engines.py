@@ -178,7 +178,7 @@ def train(rank: int, training: Training, state: State | None = None) -> State:
 
 
 def _update(engine: Engine, lr: float) -> Tensor:
-    before, after = engine.clip_gradients(), engine.step(lr)
+    before, after = engine.clip_gradients(), engine.step(lr, torch.zeros(()))
     assert (before is None) != (after is None)
     norm = before if before is not None else after
     assert norm is not None
