@@ -67,7 +67,7 @@ class StreamConfig:
     """Reading of splits in windowed order; a split held in memory (full order) needs none of it."""
 
     lanes: PositiveInt = 8
-    """number of lanes; must be a multiple of the world size and divide the batches"""
+    """number of lanes, which ranks share; must divide the batches"""
     window_mib: PositiveFloat = 256
     """size of the shuffle windows of all lanes together, in MiB of encoded bytes"""
     workers: NonNegativeInt = free(0)

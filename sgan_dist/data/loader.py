@@ -22,6 +22,7 @@ from sgan_dist.data.index import DatasetIndex
 from sgan_dist.data.lanes import LaneStep, LaneWorkers, read_lanes, windowed_batches
 from sgan_dist.data.stream import FullStream, Samples, open_storage
 from sgan_dist.errors import UserError
+from sgan_dist.parallel.random import share
 
 
 class SemiSupervisedLoader:
@@ -35,8 +36,11 @@ class SemiSupervisedLoader:
     def __init__(self, index: DatasetIndex, config: Config, rank: int, world_size: int) -> None:
         check_shares(index, config, world_size)
         self._index, self._config = index, config
-        self._rank, self._world_size = rank, world_size
         self._windowed = windowed_batches(index, config)
+        self._own_lanes = share(config.stream.lanes, rank, world_size)
+        self._rows = {
+            split: batch_rows(index, config, split, rank, world_size) for split in config.batches
+        }
         with open_storage(config) as storage:
             self._full = {
                 split: FullStream(storage, index, split, config, batch)
@@ -54,9 +58,7 @@ class SemiSupervisedLoader:
         self._reported.clear()
         lane_steps: Iterator[list[LaneStep]] = itertools.repeat([])
         if self._windowed:
-            share = self._config.stream.lanes // self._world_size
-            lanes = range(self._rank * share, (self._rank + 1) * share)
-            arguments = self._index, self._config, lanes, start_step
+            arguments = self._index, self._config, self._own_lanes, start_step
             if self._config.stream.workers:
                 self._lanes = LaneWorkers(*arguments)
                 lane_steps = self._lanes.steps()
@@ -88,6 +90,7 @@ class SemiSupervisedLoader:
         self._reported.update(new_skips)
         return SemiSupervisedBatch(
             step=step,
+            rows=self._rows,
             labeled=self._join([piece.images for piece in labeled]),
             labels=self._join([piece.labels for piece in labeled if piece.labels is not None]),
             unlabeled=self._join([piece.images for piece in unlabeled]),
@@ -99,8 +102,8 @@ class SemiSupervisedLoader:
     def _pieces(self, split: str, step: int, lane_steps: list[LaneStep]) -> list[Samples]:
         """Returns the pieces of this rank's slice of a split's global batch, in order."""
         if split in self._full:
-            share = self._config.batches[split] // self._world_size
-            return [self._full[split].take(step, self._rank * share, (self._rank + 1) * share)]
+            rows = self._rows[split]
+            return [self._full[split].take(step, rows.start, rows.stop)]
         if split in self._windowed:
             return [lanes.samples[split] for lanes in lane_steps]
         no_images = np.empty((0, *self._index.image_hwc), np.uint8)
@@ -118,17 +121,23 @@ class SemiSupervisedLoader:
         return joined
 
 
+def batch_rows(
+    index: DatasetIndex, config: Config, split: str, rank: int, world_size: int
+) -> range:
+    """The rows of a split's global batch that a rank has: those of its lanes, if it is windowed."""
+    batch = config.batches[split]
+    if index.split(split).order == "full":
+        return share(batch, rank, world_size)
+    lanes, each = share(config.stream.lanes, rank, world_size), batch // config.stream.lanes
+    return range(lanes.start * each, lanes.stop * each)
+
+
 def check_shares(index: DatasetIndex, config: Config, world_size: int) -> None:
     """Raises UserError unless ranks can share batches, lanes and workers; reads no data."""
     windowed = windowed_batches(index, config)
     for split, batch in config.batches.items():
         if index.split(split).samples == 0:
             raise UserError(f"batch.{split} is {batch}, but the dataset has no {split} samples")
-        if batch % world_size:
-            raise UserError(
-                f"batch.{split} is {batch}, which {world_size} processes cannot share equally: start"
-                f" {_choices(_divisors(batch))} processes, or choose a multiple of {world_size}"
-            )
     if not windowed:
         return
     if config.batch.balanced and "labeled" in windowed:
@@ -138,16 +147,14 @@ def check_shares(index: DatasetIndex, config: Config, world_size: int) -> None:
         )
     lanes, workers = config.stream.lanes, config.stream.workers
     common = math.gcd(*windowed.values())
-    if lanes % world_size or common % lanes:
-        allowed = [lanes for lanes in _divisors(common) if lanes % world_size == 0]
+    if common % lanes:
         batches = " and ".join(f"batch.{split} = {batch}" for split, batch in windowed.items())
         raise UserError(
-            f"stream.lanes is {lanes}: it must be a multiple of the {world_size} process(es) and"
-            f" divide {batches}; choose {_choices(allowed)}"
+            f"stream.lanes is {lanes}: it must divide {batches}; choose {_choices(_divisors(common))}"
         )
     if workers > lanes // world_size:
         raise UserError(
-            f"stream.workers is {workers}, but each of the {world_size} process(es) has only"
+            f"stream.workers is {workers}, but of the {world_size} process(es) one has only"
             f" {lanes // world_size} of the {lanes} lanes: choose at most that many workers"
         )
 

@@ -16,6 +16,8 @@ def augment(images: Tensor, config: AugmentConfig, rng: GlobalRandom) -> Tensor:
     Bilinear and differentiable; positions outside an image take its border. Real and generated
     images are augmented in the same way: otherwise D would tell them apart by the augmentation.
     """
+    if not len(images):  # of a small batch, a rank may have none
+        return images
     if config.thickness:
         images = _thickened(images, config.thickness, rng)
     movements = (config.rotation, config.scale, config.shear, config.translate, config.elastic)

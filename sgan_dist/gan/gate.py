@@ -104,6 +104,9 @@ def _check_discriminator(
     _check_randomness(trial, images)
     _check_neighbors(trial, images)
     _check_gradients(trial, images)
+    if _smallest_share(config, backend) == 0:
+        rng = _random(config, "gate", parts, backend, images=0)
+        _check_empty(network, lambda: network(images[:0], rng))
     network.eval()
     advice = "leave them out in evaluation, where `rng` is None"
     evaluation = _Trial(network, lambda x: call(x, train=False), advice)
@@ -147,6 +150,27 @@ def _check_generator(spec: DiscriminatorSpec, config: Config, backend: Backend) 
     _check_randomness(trial, z)
     _check_neighbors(trial, z)
     _check_gradients(trial, z)
+    if _smallest_share(config, backend) == 0:
+        _check_empty(network, lambda: network(z[:0]))
+
+
+def _smallest_share(config: Config, backend: Backend) -> int:
+    """How many images of a kind the rank with the fewest has."""
+    batches = [*config.batches.values(), *[config.batch.fake] * config.uses_generator]
+    return min(batches) // backend.world_size
+
+
+def _check_empty(network: nn.Module, forward: Callable[[], object]) -> None:
+    """Raises UserError unless the network takes 0 images, as a rank has of a small batch."""
+    try:
+        with _state_restored(network), torch.no_grad():
+            forward()
+    except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{type(network).__name__} fails on a batch of 0 images ({error}), which a rank has where a"
+            " batch is smaller than the number of processes: start fewer processes, give larger"
+            " batches, or let the network take 0 images"
+        ) from error
 
 
 def _prepared(network: nn.Module, backend: Backend) -> nn.Module:
@@ -323,8 +347,10 @@ def _fixed_batch_norm(network: nn.Module) -> Iterator[None]:
             layer.train()
 
 
-def _random(config: Config, purpose: str, parts: list[str], backend: Backend) -> GlobalRandom:
-    rows = {part: range(IMAGES) for part in parts}
+def _random(
+    config: Config, purpose: str, parts: list[str], backend: Backend, images: int = IMAGES
+) -> GlobalRandom:
+    rows = {part: range(images) for part in parts}
     return GlobalRandom(config.seed, purpose, 0, rows, backend.device)
 
 

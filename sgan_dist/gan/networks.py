@@ -20,7 +20,7 @@ from sgan_dist.gan.models.base import CHW, data_dependent_init
 from sgan_dist.gan.pixels import images_to_float
 from sgan_dist.parallel.collectives import broadcast, differing_replica, first_rows
 from sgan_dist.parallel.engine import Backend, Engine
-from sgan_dist.parallel.random import GlobalRandom, share
+from sgan_dist.parallel.random import GlobalRandom
 
 INIT_ROWS = 512  # images of the first batch from which D's initial values are made
 
@@ -136,23 +136,23 @@ def build(config: Config, image_hwc: tuple[int, int, int], classes: int, backend
     return SGAN(engine, generator, average, uniform, Brake.released(backend.device))
 
 
-def initialize(sgan: SGAN, first: SemiSupervisedBatch, seed: int, backend: Backend) -> None:
+def initialize(sgan: SGAN, first: SemiSupervisedBatch, config: Config, backend: Backend) -> None:
     """Data-dependent initialization of D from the first global batch, the same on every rank.
 
     From at most INIT_ROWS of its images, labeled and unlabeled in the batch's proportion. D's noise is
     on: without it, signals would be too large for noise of a fixed size, and would stay so in layers
     whose scale is not trained.
     """
-    network, splits = sgan.discriminator.network, (first.labeled, first.unlabeled)
-    totals = [len(split) * backend.world_size for split in splits]
-    kept = min(INIT_ROWS, sum(totals))
-    labeled = max(1, round(kept * totals[0] / sum(totals)))
-    parts = []
-    for split, total, count in zip(splits, totals, (labeled, kept - labeled), strict=True):
-        rows = share(total, backend.rank, backend.world_size)
-        parts.append(first_rows(split.to(backend.device), rows, count))
+    network, totals = sgan.discriminator.network, config.batches
+    kept = min(INIT_ROWS, sum(totals.values()))
+    labeled = max(1, round(kept * totals["labeled"] / sum(totals.values())))
+    own = {"labeled": (first.labeled, labeled), "unlabeled": (first.unlabeled, kept - labeled)}
+    parts = [
+        first_rows(own[split][0].to(backend.device), first.rows[split], own[split][1])
+        for split in totals
+    ]
     images = images_to_float(torch.cat(parts), backend.device, backend.dtype)
-    rng = GlobalRandom(seed, "init", 0, {"first": range(kept)}, backend.device)
+    rng = GlobalRandom(config.seed, "init", 0, {"first": range(kept)}, backend.device)
     # Every rank has all images: in training mode batch norm would count them once per rank.
     data_dependent_init(network.eval(), images, rng)
     network.train()

@@ -7,7 +7,7 @@ is not finite.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,18 @@ class MicroBatch:
 
     images: dict[str, Tensor]
     rng: GlobalRandom
-    last: bool
+    number: int
+    total: int
+
+    @property
+    def last(self) -> bool:
+        """Whether it is the last of its step."""
+        return self.number == self.total - 1
+
+    def cut(self, rows: Tensor) -> Tensor:
+        """The micro-batch's part of a tensor with a row for each image of a kind."""
+        part = share(len(rows), self.number, self.total)
+        return rows[part.start : part.stop]
 
 
 @dataclass(frozen=True)
@@ -74,17 +85,17 @@ def discriminator_step(
     sgan: SGAN, batch: SemiSupervisedBatch, config: Config, backend: Backend
 ) -> Metrics:
     """Updates D on labeled, unlabeled and generated images; raises as `train_step` does."""
-    step, n = batch.step, config.batch.accumulation
-    labels = batch.labels.to(backend.device, non_blocking=True).chunk(n)
+    step, rows, counts = batch.step, _rows(batch, config, backend), config.batches
+    labels = batch.labels.to(backend.device, non_blocking=True)
     images = {"labeled": images_to_float(batch.labeled, backend.device, backend.dtype)}
-    if len(batch.unlabeled):
+    if "unlabeled" in rows:
         images["unlabeled"] = images_to_float(batch.unlabeled, backend.device, backend.dtype)
     if sgan.generator is not None:
         images["fake"] = _generate(sgan.generator, "discriminator", config, backend, step)
-    counts = {kind: len(x) * backend.world_size for kind, x in images.items()}
-    targets: Sequence[Tensor | None] = [None] * n
+        counts |= {"fake": config.batch.fake}
+    targets = None
     if config.uses_consistency:
-        targets = _targets(sgan, images["unlabeled"], config, backend, step).chunk(n)
+        targets = _targets(sgan, images["unlabeled"], rows, config, backend, step)
 
     weights = {  # the supervised term has weight 1
         "unlabeled": config.loss.unlabeled,
@@ -92,8 +103,9 @@ def discriminator_step(
         "consistency": config.loss.consistency,
     }
     shares: dict[str, Tensor] = {}
-    micro_batches = _micro_batches(images, "discriminator", config, backend, step)
-    for micro, micro_labels, micro_targets in zip(micro_batches, labels, targets, strict=True):
+    for micro in _micro_batches(images, rows, "discriminator", config, backend, step):
+        micro_labels = micro.cut(labels)
+        micro_targets = None if targets is None else micro.cut(targets)
         with sgan.discriminator.accumulate(sync=micro.last):
             # Positions need fp32: augmentation stays outside of autocast, here and below.
             joined = augment(torch.cat(list(micro.images.values())), config.augment, micro.rng)
@@ -125,24 +137,27 @@ def generator_step(
     count, shares_of_loss = config.batch.fake, config.batch.accumulation * backend.world_size
     matching = config.loss.generator == "feature_matching"
     real_features: list[Tensor] = []
+    rows = _rows(batch, config, backend)
     if matching:
         images = {"unlabeled": images_to_float(batch.unlabeled, backend.device, backend.dtype)}
-        real_features = _features(sgan, images, "generator/real", config, backend, step)
-    real_count = len(batch.unlabeled) * backend.world_size
+        real_features = _features(sgan, images, rows, "generator/real", config, backend, step)
 
     shares: dict[str, Tensor] = {}
     with engine.accumulate(sync=True):
         fake = _generate(engine, "generator", config, backend, step)
         images = {"fake": fake.detach().requires_grad_()}
-        outputs = _frozen_outputs(sgan, images, "generator/fake", config, backend, step)
+        outputs = _frozen_outputs(sgan, images, rows, "generator/fake", config, backend, step)
         if matching:
             if config.batch.accumulation == 1:
                 only = next(outputs)
                 outputs, fake_features = iter([only]), [only.features]
             else:
                 # The mean over all micro-batches, which the loss of each needs, takes another pass.
-                fake_features = _features(sgan, images, "generator/fake", config, backend, step)
-            means = losses.feature_means((real_features, real_count), (fake_features, count))
+                fake_features = _features(
+                    sgan, images, rows, "generator/fake", config, backend, step
+                )
+            real = real_features, config.batch.unlabeled
+            means = losses.feature_means(real, (fake_features, count))
         for output in outputs:
             if matching:
                 loss = losses.feature_matching(
@@ -205,7 +220,7 @@ def _squared_logit_gradients(terms: dict[str, Tensor], logits: Tensor) -> dict[s
 
 
 def _generate(engine: Engine, phase: str, config: Config, backend: Backend, step: int) -> Tensor:
-    """This rank's slice of the global batch of fakes; with gradient only in G's own step."""
+    """This rank's rows of the global batch of fakes; with gradient only in G's own step."""
     rows = share(config.batch.fake, backend.rank, backend.world_size)
     rng = GlobalRandom(config.seed, f"{phase}/latent", step, {"fake": rows}, backend.device)
     z = engine.network.latent(rng).to(backend.dtype)  # type: ignore[operator]
@@ -216,31 +231,47 @@ def _generate(engine: Engine, phase: str, config: Config, backend: Backend, step
             return engine.network(z).to(z.dtype)  # type: ignore[no-any-return]
 
 
+def _rows(batch: SemiSupervisedBatch, config: Config, backend: Backend) -> dict[str, range]:
+    """The rows of the global batches that this rank has, by kind of images."""
+    fake = share(config.batch.fake, backend.rank, backend.world_size)
+    return {**batch.rows, "fake": fake}
+
+
 def _micro_batches(
-    images: dict[str, Tensor], phase: str, config: Config, backend: Backend, step: int
+    images: dict[str, Tensor],
+    rows: dict[str, range],
+    phase: str,
+    config: Config,
+    backend: Backend,
+    step: int,
 ) -> Iterator[MicroBatch]:
-    """Cuts this rank's images into `batch.accumulation` micro-batches.
+    """Cuts this rank's images, of these rows, into `batch.accumulation` micro-batches.
 
     Each image gets the same random numbers at any accumulation and world size.
     """
-    n, rank, world = config.batch.accumulation, backend.rank, backend.world_size
+    n = config.batch.accumulation
     for number in range(n):
-        slices = {
-            kind: share(world * len(x), rank * n + number, world * n) for kind, x in images.items()
-        }
-        rng = GlobalRandom(config.seed, phase, step, slices, backend.device)
-        cut = {kind: x.chunk(n)[number] for kind, x in images.items()}
-        yield MicroBatch(cut, rng, last=number == n - 1)
+        parts = {kind: share(len(x), number, n) for kind, x in images.items()}
+        numbers = {kind: rows[kind][part.start : part.stop] for kind, part in parts.items()}
+        rng = GlobalRandom(config.seed, phase, step, numbers, backend.device)
+        cut = {kind: x[parts[kind].start : parts[kind].stop] for kind, x in images.items()}
+        yield MicroBatch(cut, rng, number, n)
 
 
 def _frozen_outputs(
-    sgan: SGAN, images: dict[str, Tensor], phase: str, config: Config, backend: Backend, step: int
+    sgan: SGAN,
+    images: dict[str, Tensor],
+    rows: dict[str, range],
+    phase: str,
+    config: Config,
+    backend: Backend,
+    step: int,
 ) -> Iterator[DiscriminatorOutput]:
     """The frozen D's outputs for augmented images of one kind; gradients flow to the images only."""
     discriminator = sgan.discriminator.network
-    for micro in _micro_batches(images, phase, config, backend, step):
-        (rows,) = micro.images.values()
-        augmented = augment(rows, config.augment, micro.rng)
+    for micro in _micro_batches(images, rows, phase, config, backend, step):
+        (part,) = micro.images.values()
+        augmented = augment(part, config.augment, micro.rng)
         with frozen(discriminator), backend.autocast():
             output = discriminator(augmented, micro.rng)
         yield output
@@ -248,27 +279,40 @@ def _frozen_outputs(
 
 @torch.no_grad()
 def _features(
-    sgan: SGAN, images: dict[str, Tensor], phase: str, config: Config, backend: Backend, step: int
+    sgan: SGAN,
+    images: dict[str, Tensor],
+    rows: dict[str, range],
+    phase: str,
+    config: Config,
+    backend: Backend,
+    step: int,
 ) -> list[Tensor]:
     """The frozen D's features (n, F) of this rank's images of one kind, by micro-batch."""
-    outputs = _frozen_outputs(sgan, images, phase, config, backend, step)
+    outputs = _frozen_outputs(sgan, images, rows, phase, config, backend, step)
     return [output.features for output in outputs]
 
 
 @torch.no_grad()
-def _targets(sgan: SGAN, unlabeled: Tensor, config: Config, backend: Backend, step: int) -> Tensor:
+def _targets(
+    sgan: SGAN,
+    unlabeled: Tensor,
+    rows: dict[str, range],
+    config: Config,
+    backend: Backend,
+    step: int,
+) -> Tensor:
     """The averaged D's class probabilities of unlabeled images, aligned and sharpened, (n, N).
 
     Rows whose largest probability is below `loss.threshold` are zeros.
     """
     probabilities = []
-    for micro in _micro_batches({"unlabeled": unlabeled}, "teacher", config, backend, step):
+    for micro in _micro_batches({"unlabeled": unlabeled}, rows, "teacher", config, backend, step):
         images = augment(micro.images["unlabeled"], config.teacher_augment, micro.rng)
         with backend.autocast():
             logits = sgan.average(images).logits
         probabilities.append(losses.class_logits(logits, config.loss.form).softmax(1))
     p = torch.cat(probabilities)
-    mean = all_sum(p.sum(0)) / (len(p) * backend.world_size)
+    mean = all_sum(p.sum(0)) / config.batch.unlabeled
     sgan.mean_prediction.lerp_(mean.to(backend.dtype), ALIGNMENT_MOMENTUM)
     p = losses.aligned(p, sgan.mean_prediction)
     targets = losses.sharpened(p, config.loss.temperature)

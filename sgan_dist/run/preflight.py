@@ -12,7 +12,7 @@ from typing import Any
 from sgan_dist import checkpoint
 from sgan_dist.config import Config, result_settings, resumable
 from sgan_dist.data.index import INDEX_NAME, DatasetIndex, Shard, load_index
-from sgan_dist.data.loader import check_shares
+from sgan_dist.data.loader import batch_rows, check_shares
 from sgan_dist.data.order import WindowedOrder, lane_cut, lane_length
 from sgan_dist.data.prepare.shards import prepare
 from sgan_dist.data.prepare.sources import source_name
@@ -24,7 +24,7 @@ from sgan_dist.parallel import launcher
 from sgan_dist.parallel.agreement import run_on_all, run_on_main
 from sgan_dist.parallel.backends import open_backend
 from sgan_dist.parallel.engine import Backend
-from sgan_dist.parallel.random import RANDOM_VERSION
+from sgan_dist.parallel.random import RANDOM_VERSION, share
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def plan(config: Config) -> str:
     if must_prepare(config):
         return f"{config.data.root} does not exist: a run first prepares {config.data.source}"
     index = run_on_main(lambda: dataset(config))
-    check_world(config, index, backend.world_size)
+    check_shares(index, config, backend.world_size)
     config = refuse_other_run(config, index)
     check_networks(config, index.image_hwc, len(index.class_names), backend)
     return f"{describe(config, index, backend)}\n{coverage(config, index, backend.world_size)}"
@@ -130,32 +130,14 @@ def dataset(config: Config) -> DatasetIndex:
     return index
 
 
-def check_world(config: Config, index: DatasetIndex, world_size: int) -> None:
-    """Raises UserError if the batches cannot be shared by `world_size` ranks."""
-    check_shares(index, config, world_size)
-    parts = config.batch.accumulation
-    if config.uses_generator and config.batch.fake % world_size:
-        raise UserError(
-            f"batch.fake is {config.batch.fake}, and {world_size} processes cannot share it evenly:"
-            f" give a multiple of {world_size}"
-        )
-    for name, batch in _batches(config, "fake").items():
-        share = batch // world_size
-        if share % parts:
-            raise UserError(
-                f"batch.accumulation is {parts}, and the {share} images of batch.{name} that each of"
-                f" {world_size} processes has cannot be split into as many equal parts"
-            )
-
-
 def describe(config: Config, index: DatasetIndex, backend: Backend) -> str:
     """Returns what runs where, what a step is made of, and how long an epoch is. A collective."""
     world, parts = backend.world_size, config.batch.accumulation
-    images = _batches(config, "generated")
+    images = config.batches | ({"generated": config.batch.fake} if config.uses_generator else {})
     windowed = any(index.split(name).order == "windowed" for name in config.batches)
     step = " + ".join(f"{batch} {name}" for name, batch in images.items()) + " images"
     if world > 1:
-        step += f", {' + '.join(str(batch // world) for batch in images.values())} a rank"
+        step += f", {' + '.join(_of_a_rank(name, config, index, world) for name in images)} a rank"
     if parts > 1:
         step += f" in {parts} parts"
     if windowed:
@@ -173,9 +155,16 @@ def describe(config: Config, index: DatasetIndex, backend: Backend) -> str:
     return "\n".join(lines)
 
 
-def _batches(config: Config, fake: str) -> dict[str, int]:
-    """Returns the images of a step by name, the generated ones under the name `fake`."""
-    return config.batches | ({fake: config.batch.fake} if config.uses_generator else {})
+def _of_a_rank(name: str, config: Config, index: DatasetIndex, world_size: int) -> str:
+    """Returns how many images of a split, or generated ones, a rank has in a step: `8`, or `1-2`."""
+
+    def rows(rank: int) -> range:
+        if name == "generated":
+            return share(config.batch.fake, rank, world_size)
+        return batch_rows(index, config, name, rank, world_size)
+
+    counts = [len(rows(rank)) for rank in range(world_size)]
+    return "-".join(map(str, sorted({min(counts), max(counts)})))
 
 
 def coverage(config: Config, index: DatasetIndex, world_size: int) -> str:
@@ -200,7 +189,7 @@ def coverage(config: Config, index: DatasetIndex, world_size: int) -> str:
         )
         for rank in range(world_size):
             numbers: list[int] = []
-            for lane in range(rank * lanes // world_size, (rank + 1) * lanes // world_size):
+            for lane in share(lanes, rank, world_size):
                 start = lane_cut(n, lanes, lane, 0)
                 pieces = order.pieces(0, start, start + lane_length(n, lanes, lane, 0))
                 numbers += sorted({piece.shard for piece in pieces})

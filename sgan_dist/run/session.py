@@ -58,7 +58,7 @@ class Session:
         self._batches = self._loader.batches(self.state.step)
         if self.state.step == 0:
             first = run_on_all(lambda: next(self._batches))
-            initialize(self.sgan, first, config.seed, backend)
+            initialize(self.sgan, first, config, backend)
             self._batches = itertools.chain([first], self._batches)
         self.sgan.check_replicas(self.state.step)
         self._tracker = run_on_all(

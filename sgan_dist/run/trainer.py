@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from sgan_dist.config import Config
+from sgan_dist.data.loader import check_shares
 from sgan_dist.gan.gate import check_networks
 from sgan_dist.parallel.agreement import run_on_main
 from sgan_dist.parallel.backends import open_backend
@@ -32,7 +33,7 @@ def train(config: Config) -> dict[str, Any]:
     config = preflight.resolve_precision(config)
     backend = open_backend(config)
     index = run_on_main(lambda: preflight.dataset(config))
-    preflight.check_world(config, index, backend.world_size)
+    check_shares(index, config, backend.world_size)
     log.info(preflight.describe(config, index, backend))
     stopping.watch_stop_file(config.directory)
     config = preflight.refuse_other_run(config, index)

@@ -33,6 +33,7 @@ from sgan_dist.gan.steps import train_step
 from sgan_dist.parallel import random
 from sgan_dist.parallel.ddp import DDPEngine
 from sgan_dist.parallel.engine import Backend, make_optimizer
+from sgan_dist.parallel.random import share
 
 IMAGE_HWC, CLASSES = (28, 28, 1), 10
 CUDA = torch.device("cuda", 0)
@@ -145,11 +146,13 @@ def on_fake_cuda(module: nn.Module) -> nn.Module:
 
 def batch(config: Config, step: int, world_size: int) -> SemiSupervisedBatch:
     """This rank's share, on the CPU."""
-    sizes = {name: total // world_size for name, total in config.batches.items()}
-    labeled, unlabeled = sizes["labeled"], sizes.get("unlabeled", 0)
+    rows = {name: share(total, 0, world_size) for name, total in config.batches.items()}
+    labeled, unlabeled = len(rows["labeled"]), len(rows.get("unlabeled", ()))
     images = [torch.empty(n, *IMAGE_HWC, dtype=torch.uint8) for n in (labeled, unlabeled)]
     labels = torch.zeros(labeled, dtype=torch.int64)
-    return SemiSupervisedBatch(step, images[0], labels, images[1], labels, images[1][:, 0, 0, 0])
+    return SemiSupervisedBatch(
+        step, rows, images[0], labels, images[1], labels, images[1][:, 0, 0, 0]
+    )
 
 
 @contextlib.contextmanager
@@ -188,7 +191,7 @@ def run(name: str, world_size: int, images: int) -> dict[str, Any]:
         )
 
         def start() -> None:
-            initialize(sgan, batch(config, 0, world_size), config.seed, backend)
+            initialize(sgan, batch(config, 0, world_size), config, backend)
 
         def step(number: int) -> None:
             data = batch(config, number, world_size)

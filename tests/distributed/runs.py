@@ -45,11 +45,10 @@ def parameters(run: Path) -> dict[str, Tensor]:
     path, _ = checkpoint.latest(run)
     assert path is not None
     state = checkpoint.read_state(path)
-    return {
-        **{f"d.{k}": v for k, v in state["discriminator"]["network"].items()},
-        **{f"g.{k}": v for k, v in state["generator"]["network"].items()},
-        **{f"ema.{k}": v for k, v in state["average"].items()},
-    }
+    networks = {"d": state["discriminator"]["network"], "ema": state["average"]}
+    if "generator" in state:
+        networks["g"] = state["generator"]["network"]
+    return {f"{name}.{k}": v for name, part in networks.items() for k, v in part.items()}
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

@@ -58,15 +58,6 @@ def test_a_non_finite_loss_stops_before_its_update(
     assert [len(ids["labeled"]) for ids in written["ranks"]] == [12 // world_size] * world_size
 
 
-def test_batches_that_cannot_be_shared_are_refused(digits: Path, tmp_path: Path) -> None:
-    config = small_config(digits, tmp_path, "--batch.fake=9")
-    messages = run_ranks(2, message_of_train, [config] * 2)
-    assert len(set(messages)) == 1 and "batch.fake is 9" in messages[0]
-    config = small_config(digits, tmp_path, "--batch.unlabeled=25")
-    messages = run_ranks(2, message_of_train, [config] * 2)
-    assert len(set(messages)) == 1 and "25" in messages[0] and "2" in messages[0]
-
-
 def test_what_rank_zero_cannot_write_stops_all(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "samples").write_text("a file is in the way")
     config = small_config(digits, tmp_path, "--train.sample_every=2")

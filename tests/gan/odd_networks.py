@@ -359,3 +359,11 @@ class UnusedInGenerator(PlainGenerator):
     def __init__(self, image_chw: tuple[int, int, int]) -> None:
         super().__init__(image_chw)
         self.forgotten = nn.Linear(3, 3)
+
+
+class NeedsImages(Plain):
+    """Looks at its first image, also where it has none."""
+
+    def forward(self, images: Tensor, rng: Rng = None) -> DiscriminatorOutput:
+        assert images[0].dim() == 3
+        return super().forward(images, rng)

@@ -163,3 +163,18 @@ def test_a_module_that_parses_arguments_at_import_is_named(
 def test_a_name_that_another_file_has_is_shown_with_that_file() -> None:
     with pytest.raises(UserError, match=r"wave has no class D: it is .*wave\.py; .*rename yours"):
         check("--model.discriminator=wave:D", "--model.discriminator_args={}")
+
+
+def test_a_network_that_needs_images_is_refused_where_a_rank_has_none() -> None:
+    config = config_for(*own("discriminator", "NeedsImages"), "--batch.fake=7")
+    backend = open_backend(config)
+    check_networks(config, HWC, 10, backend)
+    backend.world_size = 8
+    with pytest.raises(UserError, match=r"NeedsImages fails on a batch of 0 images .*give larger"):
+        check_networks(config, HWC, 10, backend)
+    for name in ("dcgan", "mlp", "tutorial", "conv_small"):
+        generator = "dcgan" if name == "conv_small" else name
+        pair = (f"--model.discriminator={name}", f"--model.generator={generator}")
+        empty = ("--model.discriminator_args={}", "--model.generator_args={}")
+        config = config_for(*pair, *empty, "--batch.fake=7")
+        check_networks(config, HWC, 10, backend)

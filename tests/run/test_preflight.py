@@ -186,10 +186,8 @@ def test_a_world_that_does_not_fit_is_refused_first(
 ) -> None:
     with http_server(prepared["packed"]) as server:
         for override, message in (
-            ("--batch.labeled=25", "batch.labeled is 25, which 2 processes"),
-            ("--stream.lanes=3", "stream.lanes is 3: it must be a multiple of the 2 process"),
-            ("--batch.fake=9", "batch.fake is 9"),
-            ("--batch.accumulation=5", "batch.accumulation is 5"),
+            ("--stream.lanes=5", "stream.lanes is 5: it must divide batch."),
+            ("--stream.workers=99", "stream.workers is 99, but of the 2 process"),
         ):
             server.seen.clear()
             ranks = run_ranks(2, plan, arguments(server.url, tmp_path, override))
