@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgan_dist import __version__
-from sgan_dist.errors import StopRequested, TransientError, UserError
+from sgan_dist.errors import OutOfMemory, StopRequested, TransientError, UserError
 from sgan_dist.parallel import launcher
 from sgan_dist.run import stopping
 
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         launcher.adopt_slurm(os.environ)
+        launcher.choose_interface(os.environ)
         launcher.use_all_cores(os.environ)
         if argv[:1] == ["train"]:
             _train(argv[1:])
@@ -64,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except StopRequested as stop:
         return stopping.exit_code(stop.by_hand)
+    except OutOfMemory as error:
+        log.error(f"error: {error}")
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(2)  # the other ranks may wait for this one: the launcher ends them
     except UserError as error:
         _log_error(f"error: {error}")
         return stopping.TRY_AGAIN if isinstance(error, TransientError) else 2
@@ -81,7 +86,7 @@ def _train(argv: Sequence[str]) -> None:
 
         summary = train(config)
     except (StopRequested, UserError) as error:
-        if launcher.is_main_process(os.environ):
+        if launcher.is_main_process(os.environ) or isinstance(error, OutOfMemory):
             _write_outcome(argv, error)
         raise
     if launcher.is_main_process(os.environ):
@@ -100,7 +105,7 @@ def _write_outcome(argv: Sequence[str], error: StopRequested | UserError) -> Non
 
         run = rundir.run_directory(argv, DEFAULT_CONFIG)
         if run is not None:
-            rundir.mark_failed(run, str(error))
+            rundir.mark_failed(run, str(error), by_a_rank=isinstance(error, OutOfMemory))
 
 
 def _plan(argv: Sequence[str]) -> None:

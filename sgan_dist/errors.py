@@ -19,6 +19,10 @@ class NonFiniteLoss(UserError):
     """A loss or gradient became NaN or infinite, and its update was left out. Raised on every rank."""
 
 
+class OutOfMemory(UserError):
+    """The GPU's memory is used up. Raised on this rank alone: the others may wait for it."""
+
+
 class StopRequested(Exception):
     """The run was asked to stop, and has saved a checkpoint: the same call resumes it.
 

@@ -114,7 +114,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("loss.form", "both", "loss.form is 'both', and must be 'implied' or 'explicit'"),
     ("loss.consistency", -1.0, "loss.consistency is -1.0, and must not be negative"),
     ("loss.threshold", 1.1, "loss.threshold is 1.1, and must be at most 1"),
-    ("machine.precision", "fp8", "must be 'auto', 'fp32', 'bf16' or 'fp64'"),
+    ("machine.precision", "fp8", "must be 'auto', 'fp32', 'tf32', 'bf16' or 'fp64'"),
     ("machine.world_size", 0, "machine.world_size is 0, and must be positive"),
     ("model.discriminator_args", 3, "model.discriminator_args is 3, and must be a valid dict"),
     ("model.generator", "book", "model.generator book is now called tutorial"),
@@ -287,7 +287,7 @@ def test_the_help_names_the_choices_and_the_networks_arguments() -> None:
     assert "dcgan width=24 noise=0.1 dropout=0.2" in text
     assert "dcgan latent_size=100 width=64" in text
     assert "your own: module:Class" in text
-    assert "{feature_matching,non_saturating}" in text and "{auto,fp32,bf16,fp64}" in text
+    assert "{feature_matching,non_saturating}" in text and "{auto,fp32,tf32,bf16,fp64}" in text
 
 
 def test_shipped_files_are_found_by_name_and_by_path(

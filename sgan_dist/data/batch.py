@@ -24,8 +24,8 @@ class SemiSupervisedBatch:
 
     rows: which rows of the global batch these are, of each split that is trained on.
     labeled: uint8 (b_l, H, W, C); labels: int64 (b_l,); unlabeled: uint8 (b_u, H, W, C), b_u = 0
-    without an unlabeled stream; ids: int64, a sample's number in its split. In pinned memory if
-    CUDA is available. skips: damaged records that this rank has not reported before.
+    without an unlabeled stream; ids: int64, a sample's number in its split. In pinned memory for a
+    GPU. skips: damaged records that this rank has not reported before.
     """
 
     step: int

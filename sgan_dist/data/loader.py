@@ -28,12 +28,17 @@ from sgan_dist.parallel.random import share
 class SemiSupervisedLoader:
     """Labeled and unlabeled streams of a prepared dataset, as one endless sequence of batches.
 
+    With `pin`, batches are in pinned (page-locked) memory, from which a GPU copies while this process
+    continues.
+
     Raises:
         UserError: world size, lanes, workers and batches do not fit together, or a shard cannot be
             read, or (from `batches`) a worker process died.
     """
 
-    def __init__(self, index: DatasetIndex, config: Config, rank: int, world_size: int) -> None:
+    def __init__(
+        self, index: DatasetIndex, config: Config, rank: int, world_size: int, pin: bool = False
+    ) -> None:
         check_shares(index, config, world_size)
         self._index, self._config = index, config
         self._windowed = windowed_batches(index, config)
@@ -47,8 +52,7 @@ class SemiSupervisedLoader:
                 for split, batch in config.batches.items()
                 if split not in self._windowed
             }
-        # from pinned (page-locked) memory, a GPU copies while this process continues
-        self._pin = torch.cuda.is_available()
+        self._pin = pin
         self._reported: set[Skip] = set()
         self._lanes: LaneWorkers | Generator[LaneStep, None, None] | None = None
 
@@ -110,7 +114,7 @@ class SemiSupervisedLoader:
         return [Samples(no_images, None, np.empty(0, np.int64))]
 
     def _join(self, arrays: Sequence[NDArray[Any]]) -> Tensor:
-        """Returns the arrays end to end, in pinned memory if there is a GPU."""
+        """Returns the arrays end to end, in pinned memory if `pin` asks for it."""
         if len(arrays) == 1 and not self._pin:
             return torch.from_numpy(arrays[0])
         shape = (sum(len(array) for array in arrays), *arrays[0].shape[1:])

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Literal
@@ -20,10 +21,8 @@ import psutil
 
 from sgan_dist.errors import UserError, plural
 
-Precision = Literal["fp32", "bf16", "fp64"]
+Precision = Literal["fp32", "tf32", "bf16", "fp64"]
 
-# the launcher's --mixed_precision -> machine.precision
-PRECISIONS: dict[str, Precision] = {"no": "fp32", "bf16": "bf16"}
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # requests to stop: a closed terminal sends HUP, a batch system may send USR1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -56,9 +55,11 @@ def adopt_slurm(environ: MutableMapping[str, str]) -> None:
             f" {', '.join(missing) or 'SLURM_STEP_NODELIST'} is not set: unset SLURM_PROCID for a"
             f" single process, or set {', '.join(RANK_VARIABLES)} yourself"
         )
+    # with --gpus-per-task=1 each task sees one GPU, which is number 0 for it
+    one_gpu = re.fullmatch(r"[^,]+", environ.get("CUDA_VISIBLE_DEVICES", "")) is not None
     variables = {
         "RANK": environ["SLURM_PROCID"],
-        "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "LOCAL_RANK": "0" if one_gpu else environ["SLURM_LOCALID"],
         "WORLD_SIZE": str(tasks),
         "MASTER_ADDR": first_host(nodes),
         # the same for all tasks of a step; different for the jobs and steps of a node
@@ -127,6 +128,46 @@ def check_variables(environ: Mapping[str, str]) -> None:
             f"RANK is {number} and WORLD_SIZE is {size} in the environment, and ranks count from 0 to"
             f" WORLD_SIZE - 1: correct them, or {unset}"
         )
+
+
+def choose_interface(environ: MutableMapping[str, str]) -> None:
+    """Sets GLOO_SOCKET_IFNAME for ranks on several nodes, unless the user did.
+
+    Gloo takes the address that the host's name resolves to, which may be a loopback or a management
+    network. NCCL_SOCKET_IFNAME decides if it names one interface; else the route to MASTER_ADDR; else,
+    on the master's own node, the only interface that is up.
+    """
+    local = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")
+    nodes = int(environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_NNODES") or "1")
+    several = (local is not None and int(local) < int(environ.get("WORLD_SIZE", "1"))) or nodes > 1
+    if not several or "RANK" not in environ or "GLOO_SOCKET_IFNAME" in environ:
+        return
+    addresses = {
+        interface: {a.address for a in rows if a.family in (socket.AF_INET, socket.AF_INET6)}
+        for interface, rows in psutil.net_if_addrs().items()
+    }
+    chosen = environ.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
+    if chosen not in addresses:  # not set, or a list, a prefix or an exclusion
+        own = _address_towards(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]))
+        routed = [interface for interface, rows in addresses.items() if own in rows]
+        if not routed or routed[0].startswith("lo"):
+            stats = psutil.net_if_stats()
+            routed = [i for i in addresses if stats[i].isup and addresses[i] and i[:2] != "lo"]
+        if len(routed) != 1:
+            return
+        chosen = routed[0]
+    environ["GLOO_SOCKET_IFNAME"] = chosen
+
+
+def _address_towards(host: str, port: int) -> str | None:
+    """This machine's address on the way to a host; sends nothing. None if there is no way."""
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)
+            return str(probe.getsockname()[0])
+    except OSError:  # joining the others will say so
+        return None
 
 
 @contextlib.contextmanager
@@ -213,21 +254,30 @@ def without_local_rank(argv: Sequence[str], environ: Mapping[str, str]) -> list[
     return [argument for argument in argv if argument != added]
 
 
-def precision(setting: Literal["auto"] | Precision, environ: Mapping[str, str]) -> Precision:
-    """`machine.precision`, or for `auto` the launcher's --mixed_precision.
+def precision(
+    setting: Literal["auto"] | Precision, environ: Mapping[str, str], fast_bf16: str | None
+) -> tuple[Precision, str]:
+    """`machine.precision`, or what `auto` means here; and why, empty where the setting says it.
+
+    `auto` is the launcher's --mixed_precision bf16, or bf16 on hardware for it, `fast_bf16`, else fp32.
+    Accelerate exports "no" also where nobody chose it.
 
     Raises:
         UserError: the launcher's is not supported.
     """
     if setting != "auto":
-        return setting
+        return setting, ""
     mixed_precision = environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if mixed_precision not in PRECISIONS:
+    if mixed_precision == "bf16":
+        return "bf16", "--mixed_precision"
+    if mixed_precision != "no":
         raise UserError(
             f"the launcher has --mixed_precision {mixed_precision}, which needs loss scaling, and that"
             " skips steps: use --mixed_precision bf16 or no, or set --machine.precision"
         )
-    return PRECISIONS[mixed_precision]
+    if fast_bf16 is not None:
+        return "bf16", f"auto: {fast_bf16}"
+    return "fp32", "auto: neither CUDA nor AMX"
 
 
 def refuse_silent_single_process(environ: Mapping[str, str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,8 @@ def plan(config: Config) -> str:
     Raises:
         UserError: on every rank, if `train` would refuse the config.
     """
-    config = resolve_precision(config)
     backend = open_backend(config)
+    config = with_precision(config, backend.precision)
     if must_prepare(config):
         return f"{config.data.root} does not exist: a run first prepares {config.data.source}"
     index = run_on_main(lambda: dataset(config))
@@ -48,9 +47,8 @@ def plan(config: Config) -> str:
     return f"{describe(config, index, backend)}\n{coverage(config, index, backend.world_size)}"
 
 
-def resolve_precision(config: Config) -> Config:
-    """Returns `config` with the launcher's precision in place of `auto`."""
-    precision = launcher.precision(config.machine.precision, os.environ)
+def with_precision(config: Config, precision: launcher.Precision) -> Config:
+    """Returns `config` with the precision that is used in place of `auto`."""
     machine = dataclasses.replace(config.machine, precision=precision)
     return dataclasses.replace(config, machine=machine)
 

@@ -117,10 +117,13 @@ def mark_done(run: Path, summary: dict[str, Any]) -> None:
     (run / "DONE").write_text(f"{summary['step']} steps\n")
 
 
-def mark_failed(run: Path, reason: str) -> None:
-    """Writes FAILED with the reason, unless the run is done or another process trains it."""
+def mark_failed(run: Path, reason: str, by_a_rank: bool = False) -> None:
+    """Writes FAILED with the reason, unless the run is done or another process trains it.
+
+    `by_a_rank`: this is a rank of the run itself, whose rank 0 holds the lock.
+    """
     try:
-        if (run / "DONE").exists() or in_use(run):
+        if (run / "DONE").exists() or (not by_a_rank and in_use(run)):
             return
         run.mkdir(parents=True, exist_ok=True)
         (run / "FAILED").write_text(reason + "\n")
@@ -137,13 +140,21 @@ def write_sample_ids(run: Path, step: int, ids: list[tuple[list[int], list[int]]
 
 def environment(backend: Backend) -> dict[str, Any]:
     """Returns what the last bits of a result depend on, other than the config."""
-    return {
+    facts: dict[str, Any] = {
         "world_size": backend.world_size,
         "device": backend.device.type,
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
     }
+    if backend.device.type == "cuda":
+        facts |= {
+            "gpu": torch.cuda.get_device_name(backend.device),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+            "nccl": list(torch.cuda.nccl.version()),  # type: ignore[no-untyped-call]
+        }
+    return facts
 
 
 def versions() -> dict[str, str]:

@@ -50,7 +50,9 @@ class Session:
         self.config, self._index, self._backend = config, index, backend
         self._run, self._is_main = config.directory, backend.rank == 0
         self._loader = run_on_all(
-            lambda: SemiSupervisedLoader(index, config, backend.rank, backend.world_size)
+            lambda: SemiSupervisedLoader(
+                index, config, backend.rank, backend.world_size, pin=backend.device.type == "cuda"
+            )
         )
         shape, classes = index.image_hwc, len(index.class_names)
         self.sgan = run_on_all(lambda: build(config, shape, classes, backend))
@@ -296,10 +298,10 @@ class Session:
                 f" ({error}): go back to that code, or start again with another --run_dir"
             ) from error
         log.info(f"resuming after step {state.step}")
-        for name, now in rundir.environment(self._backend).items():
-            before = meta["environment"][name]
-            if before != now:
-                log.info(f"{name} was {before} and is now {now}: last bits may differ")
+        before, now = meta["environment"], rundir.environment(self._backend)
+        for name in sorted(before.keys() & now.keys()):
+            if before[name] != now[name]:
+                log.info(f"{name} was {before[name]} and is now {now[name]}: last bits may differ")
         return state
 
     def _count_skips(self, skips: tuple[Skip, ...]) -> None:

@@ -6,8 +6,11 @@ import contextlib
 import logging
 from typing import Any
 
+import torch
+
 from sgan_dist.config import Config
 from sgan_dist.data.loader import check_shares
+from sgan_dist.errors import OutOfMemory
 from sgan_dist.gan.gate import check_networks
 from sgan_dist.parallel.agreement import run_on_main
 from sgan_dist.parallel.backends import open_backend
@@ -29,9 +32,10 @@ def train(config: Config) -> dict[str, Any]:
     Raises:
         UserError: on every rank, and before any long work where that is possible.
         StopRequested: on every rank, after a checkpoint was saved.
+        OutOfMemory: on this rank alone.
     """
-    config = preflight.resolve_precision(config)
     backend = open_backend(config)
+    config = preflight.with_precision(config, backend.precision)
     index = run_on_main(lambda: preflight.dataset(config))
     check_shares(index, config, backend.world_size)
     log.info(preflight.describe(config, index, backend))
@@ -50,9 +54,17 @@ def train(config: Config) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         run_on_main(lambda: stack.enter_context(rundir.claim(config)))
         with contextlib.closing(Session(config, index, backend)) as session:
-            if _loop(session):
-                raise session.stopped()
-            return session.finish()
+            try:
+                if _loop(session):
+                    raise session.stopped()
+                return session.finish()
+            except torch.OutOfMemoryError as error:
+                raise OutOfMemory(
+                    f"rank {backend.rank} has used up the memory of its GPU at step"
+                    f" {session.state.step} ({str(error).splitlines()[0]}): raise batch.accumulation,"
+                    " lower the batches, or start more processes; the same command then continues"
+                    " from the last checkpoint"
+                ) from error
 
 
 def _loop(session: Session) -> bool:

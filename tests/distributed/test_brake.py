@@ -67,8 +67,8 @@ def train_poisoned(
     rank: int, world_size: int, config: Config, phase: str | None
 ) -> tuple[str | None, dict[str, str], dict[str, str]]:
     """Trains over the poisoned step; returns the error, and the state before it and at the end."""
-    config = preflight.resolve_precision(config)
     backend, index = open_backend(config), load_index(config.data.root)
+    config = preflight.with_precision(config, backend.precision)
     config.directory.mkdir(parents=True, exist_ok=True)
     message, before = None, dict[str, str]()
     with contextlib.closing(Session(config, index, backend)) as session:

@@ -36,6 +36,20 @@ def test_stacks_of_all_ranks_are_shown_and_a_hang_ends(digits: Path, tmp_path: P
     assert not (tmp_path / "FAILED").exists()
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_gpu_without_memory_left_is_one_sentence(
+    ranks: int, digits: Path, tmp_path: Path
+) -> None:
+    own = ("--model.discriminator=tests.own_models:OutOfMemory", "--model.discriminator_args={}")
+    arguments = training(digits, tmp_path, *own, "--train.steps=100")
+    code, output = run(*(TWO_RANKS if ranks == 2 else ("python",)), *arguments, **ON_CPU)
+    sentence = f"error: rank {ranks - 1} has used up the memory of its GPU at step 6 \\(CUDA out of"
+    assert code != 0 and len(re.findall(sentence, output)) == 1, output
+    assert "batch.accumulation" in output and "More text" not in output
+    assert "used up the memory" in (tmp_path / "FAILED").read_text()
+    assert ranks == 2 or (code == 2 and "Traceback" not in output)
+
+
 @pytest.mark.slow
 def test_a_suspended_rank_ends_the_run_too(digits: Path, tmp_path: Path) -> None:
     arguments = training(digits, tmp_path, "--machine.step_timeout=4", "--train.steps=100000")

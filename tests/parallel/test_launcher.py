@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sgan_dist.errors import UserError
@@ -55,6 +57,47 @@ def test_other_processes_are_left_alone(environ: dict[str, str]) -> None:
     assert environ == before
 
 
+@pytest.mark.parametrize(
+    ("visible", "expected"), [(None, "1"), ("", "1"), ("0,1,2,3", "1"), ("0", "0"), ("GPU-8f", "0")]
+)
+def test_a_task_that_sees_one_gpu_uses_it(visible: str | None, expected: str) -> None:
+    environ = SRUN | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    launcher.adopt_slurm(environ)
+    assert environ["LOCAL_RANK"] == expected
+
+
+def of_two_nodes(**more: str) -> dict[str, str]:
+    ranks = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", **more}
+
+
+def test_gloo_gets_the_interface_of_nccl_or_of_the_route() -> None:
+    def chosen(environ: dict[str, str]) -> str | None:
+        launcher.choose_interface(environ)
+        return environ.get("GLOO_SOCKET_IFNAME")
+
+    assert chosen(of_two_nodes(NCCL_SOCKET_IFNAME="lo")) == "lo"
+    assert chosen(of_two_nodes(NCCL_SOCKET_IFNAME="=lo")) == "lo"
+    assert chosen(of_two_nodes(GLOO_SOCKET_IFNAME="mine", NCCL_SOCKET_IFNAME="lo")) == "mine"
+    assert chosen(of_two_nodes(LOCAL_WORLD_SIZE="2")) is None
+    assert chosen({}) is None
+    stats, addresses = psutil.net_if_stats(), psutil.net_if_addrs()
+    inet = (socket.AF_INET, socket.AF_INET6)
+    others = [
+        name
+        for name, rows in addresses.items()
+        if name[:2] != "lo" and stats[name].isup and any(row.family in inet for row in rows)
+    ]
+    only = others[0] if len(others) == 1 else None
+    for excluded in ("^lo", "lo,nothing", "nothing"):  # not one interface, so the route decides
+        assert chosen(of_two_nodes(NCCL_SOCKET_IFNAME=excluded)) == only
+    assert chosen(of_two_nodes(MASTER_ADDR="no.such.host.invalid")) == only
+    for name in others:
+        for row in addresses[name]:
+            if row.family == socket.AF_INET:
+                assert chosen(of_two_nodes(MASTER_ADDR=row.address)) == name
+
+
 def test_srun_without_a_node_list_is_refused() -> None:
     environ = {key: value for key, value in SRUN.items() if key != "SLURM_STEP_NODELIST"}
     with pytest.raises(UserError, match=r"SLURM_STEP_NODELIST.* is not set.*MASTER_ADDR"):
@@ -77,16 +120,18 @@ def test_first_host(nodes: str, first: str) -> None:
 
 
 def test_the_config_comes_before_the_launchers_precision() -> None:
-    assert launcher.precision("auto", {}) == "fp32"
-    assert launcher.precision("auto", {"ACCELERATE_MIXED_PRECISION": "no"}) == "fp32"
-    assert launcher.precision("auto", {"ACCELERATE_MIXED_PRECISION": "bf16"}) == "bf16"
-    assert launcher.precision("fp32", {"ACCELERATE_MIXED_PRECISION": "bf16"}) == "fp32"
-    assert launcher.precision("bf16", {"ACCELERATE_MIXED_PRECISION": "fp16"}) == "bf16"
+    no, bf16, fp16 = ({"ACCELERATE_MIXED_PRECISION": value} for value in ("no", "bf16", "fp16"))
+    for environ in ({}, no):  # Accelerate always exports one
+        assert launcher.precision("auto", environ, None) == ("fp32", "auto: neither CUDA nor AMX")
+        assert launcher.precision("auto", environ, "CUDA") == ("bf16", "auto: CUDA")
+    assert launcher.precision("auto", bf16, None) == ("bf16", "--mixed_precision")
+    assert launcher.precision("fp32", bf16, "CUDA") == ("fp32", "")
+    assert launcher.precision("bf16", fp16, None) == ("bf16", "")
     for half in ("fp16", "fp8"):
         with pytest.raises(
             UserError, match=f"--mixed_precision {half}.*bf16 or no.*--machine.prec"
         ):
-            launcher.precision("auto", {"ACCELERATE_MIXED_PRECISION": half})
+            launcher.precision("auto", {"ACCELERATE_MIXED_PRECISION": half}, "CUDA")
 
 
 def test_the_deepspeed_launcher_and_its_argument() -> None:
@@ -127,7 +172,8 @@ TWO = "--nproc_per_node=2"
         (
             (*ACCELERATE, "--multi_gpu", "--num_processes", "2", *PLAN),
             {"ACCELERATE_USE_CPU": "true"},
-            "accelerate launch, DDP, 2 processes on 1 node, cpu with 1 thread each, fp32; a step is"
+            "accelerate launch, DDP, 2 processes on 1 node, cpu with 1 thread each, fp32 (auto:"
+            " neither CUDA nor AMX); a step is"
             " 32 labeled + 64 unlabeled + 32 generated images, 16 + 32 + 16 a rank",
         ),
     ],
@@ -158,7 +204,8 @@ def test_a_users_accelerate_config_is_read(digits: Path, tmp_path: Path) -> None
     home.mkdir(parents=True)
     config = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nuse_cpu: true\n"
     command = (*ACCELERATE, *PLAN, f"--data.root={digits}", f"--run_dir={tmp_path}/run")
-    for precision, code, expected in (("bf16", 0, " bf16;"), ("fp16", 2, "--mixed_precision fp16")):
+    cases = (("bf16", 0, " bf16 (--mixed_precision);"), ("fp16", 2, "--mixed_precision fp16"))
+    for precision, code, expected in cases:
         (home / "default_config.yaml").write_text(f"{config}mixed_precision: {precision}\n")
         exit_code, output = run(*command, HF_HOME=str(tmp_path / "home"))
         assert (exit_code != 0) == (code != 0) and expected in output, output
