@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import hashlib
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from sgan_dist.parallel.random import digest
 
 T = TypeVar("T")
 
@@ -89,12 +90,14 @@ def as_bytes(tensor: Tensor) -> bytes:
 
 
 def differing_replica(tensors: dict[str, Tensor]) -> str | None:
-    """The name of the first tensor that is not the same on all ranks, by its bytes."""
+    """The name of the first tensor that is not the same on all ranks, by a hash of its bytes."""
     if world_size() == 1:
         return None
-    digests = {name: hashlib.sha256(as_bytes(v)).digest() for name, v in tensors.items()}
-    ranks = gather_objects(digests)
-    return next((name for name in digests if any(r[name] != digests[name] for r in ranks)), None)
+    digests = torch.stack([digest(tensor) for tensor in tensors.values()])
+    largest = torch.stack([digests, ~digests])  # the largest ~digest is that of the smallest
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    differ = (largest[0] != ~largest[1]).tolist()
+    return next((name for name, differs in zip(tensors, differ, strict=True) if differs), None)
 
 
 def gather_objects(value: T) -> list[T]:

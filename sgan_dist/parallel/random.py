@@ -14,9 +14,8 @@ import math
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-
-from sgan_dist.parallel.collectives import as_bytes
 
 RANDOM_VERSION = 2  # 1: torch's generators, for the global batch on every rank
 
@@ -73,12 +72,23 @@ class GlobalRandom:
         self._calls += 1
         first = torch.add(call, self._rows, alpha=_signed(words * GAMMA))
         inner = torch.arange(words, device=first.device)
-        x = torch.addcmul(first.unsqueeze(1), inner, self._gamma)
-        x.bitwise_xor_((x >> 30).bitwise_and_((1 << 34) - 1)).mul_(_signed(MULTIPLIER_1))
-        x.bitwise_xor_((x >> 27).bitwise_and_((1 << 37) - 1)).mul_(_signed(MULTIPLIER_2))
-        x.bitwise_xor_((x >> 31).bitwise_and_((1 << 33) - 1))
+        x = mix_(torch.addcmul(first.unsqueeze(1), inner, self._gamma))
         numbers = x.flatten().view(dtype).view(len(first), words * 8 // dtype.itemsize)
         return numbers[:, :elements].reshape(-1, *shape)
+
+
+def mix_(x: Tensor) -> Tensor:
+    """splitmix64's finalizer, in place: int64 -> int64, one to one."""
+    x.bitwise_xor_((x >> 30).bitwise_and_((1 << 34) - 1)).mul_(_signed(MULTIPLIER_1))
+    x.bitwise_xor_((x >> 27).bitwise_and_((1 << 37) - 1)).mul_(_signed(MULTIPLIER_2))
+    return x.bitwise_xor_((x >> 31).bitwise_and_((1 << 33) - 1))
+
+
+def digest(tensor: Tensor) -> Tensor:
+    """A hash of a tensor's bytes, 0-d int64, on its device: the sum of hashes of numbered words."""
+    data = tensor.detach().contiguous().flatten().view(torch.uint8)
+    words = F.pad(data, (0, -len(data) % 4)).view(torch.int32).long()
+    return mix_(words + torch.arange(len(words), device=words.device) * _signed(GAMMA)).sum()
 
 
 def _hashed(text: str) -> int:
@@ -110,7 +120,7 @@ def normal_quantiles() -> Tensor:
     """The middles of 65,536 equally probable intervals of N(0, 1), in order, fp32, on the CPU."""
     middles = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
     table: Tensor = torch.special.ndtri(middles).float()
-    if hashlib.sha256(as_bytes(table)).hexdigest() != TABLE_SHA256:
+    if hashlib.sha256(table.numpy().tobytes()).hexdigest() != TABLE_SHA256:
         raise RuntimeError(
             "this build of torch computes another table of normal quantiles, so runs would draw other"
             " noise than elsewhere: use the torch of constraints.txt, and report it"
