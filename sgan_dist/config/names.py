@@ -11,7 +11,7 @@ RENAMED = {  # since 0.1.0
     "data.unlabeled_batch": "batch.unlabeled",
     "data.balanced": "batch.balanced",
     "data.lanes": "stream.lanes",
-    "data.window_mib": "stream.window_mib",
+    "data.window_mib": "stream.lane_window_mib",  # it was that of all lanes together
     "data.workers": "stream.workers",
     "data.cache": "remote.cache",
     "data.cache_gib": "remote.cache_gib",
@@ -71,4 +71,6 @@ def upgrade(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             current[RENAMED.get(key, key)] = value
         elif REMOVED[key][1] not in (None, value):
             removed[key] = value
+    if "data.window_mib" in values:
+        current["stream.lane_window_mib"] /= values.get("data.lanes", 8)
     return current, removed

@@ -68,8 +68,8 @@ class StreamConfig:
 
     lanes: PositiveInt = 8
     """number of lanes, which ranks share; must divide the batches"""
-    window_mib: PositiveFloat = 256
-    """size of the shuffle windows of all lanes together, in MiB of encoded bytes"""
+    lane_window_mib: PositiveFloat = 32
+    """size of a lane's shuffle window, in MiB of encoded bytes; a rank holds those of its lanes"""
     workers: NonNegativeInt = free(0)
     """loader processes per rank; 0: the training process reads"""
 

@@ -110,7 +110,7 @@ class LaneWorkers:
             raise UserError(
                 f"data worker {process.pid} died (exit code {process.exitcode}): if it printed no"
                 " error, it was killed or ran out of memory or of /dev/shm; start again, with fewer"
-                " stream.workers or a smaller stream.window_mib if it happens again"
+                " stream.workers or a smaller stream.lane_window_mib if it happens again"
             ) from None
         if isinstance(message, UserError):
             raise message

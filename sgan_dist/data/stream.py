@@ -93,10 +93,10 @@ class FullStream:
         return self._reader.skips
 
 
-def window_samples(split: SplitIndex, lanes: int, window_mib: float) -> int:
-    """Returns the samples in a window: those of all lanes hold at most `window_mib` encoded MiB."""
+def window_samples(split: SplitIndex, lane_window_mib: float) -> int:
+    """Returns the samples in a lane's window of at most `lane_window_mib` encoded MiB."""
     mean = -(-sum(shard.bytes for shard in split.shards) // split.samples)
-    return max(1, int(window_mib * 2**20) // lanes // mean)
+    return max(1, int(lane_window_mib * 2**20) // mean)
 
 
 class WindowedStream:
@@ -116,7 +116,7 @@ class WindowedStream:
         own_lanes: range,
     ) -> None:
         reader, lanes = Reader(storage, index, split), config.stream.lanes
-        window = window_samples(reader.split, lanes, config.stream.window_mib)
+        window = window_samples(reader.split, config.stream.lane_window_mib)
         shards = reader.split.shards
         order = WindowedOrder(
             [shard.samples for shard in shards], lanes, window, config.seed, split

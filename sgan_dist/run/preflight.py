@@ -25,6 +25,8 @@ from sgan_dist.parallel.backends import open_backend
 from sgan_dist.parallel.engine import Backend
 from sgan_dist.parallel.random import RANDOM_VERSION, share
 
+WELL_MIXED = 1000  # samples of a shuffle window
+
 log = logging.getLogger(__name__)
 
 
@@ -149,6 +151,14 @@ def describe(config: Config, index: DatasetIndex, backend: Backend) -> str:
             f" {order} order; an epoch is {split.samples / batch:.1f} steps,"
             f" {config.train.steps * batch / split.samples:.1f} epochs in all"
         )
+        window = window_samples(split, config.stream.lane_window_mib)
+        if split.order == "windowed" and window < min(
+            WELL_MIXED, split.samples // config.stream.lanes
+        ):
+            lines.append(
+                f"  WARNING: {name} images are shuffled in windows of {window} only: raise"
+                " stream.lane_window_mib"
+            )
     lines.append(f"  {plural(config.train.steps, 'step')}; run directory {config.directory}")
     return "\n".join(lines)
 
@@ -178,7 +188,7 @@ def coverage(config: Config, index: DatasetIndex, world_size: int) -> str:
             lines.append(f"  {name:<9}  {reads}: {_size(split.shards)}")
             continue
         lanes, n = config.stream.lanes, split.samples
-        window = window_samples(split, lanes, config.stream.window_mib)
+        window = window_samples(split, config.stream.lane_window_mib)
         counts = [shard.samples for shard in split.shards]
         order = WindowedOrder(counts, lanes, window, config.seed, name)
         lines.append(

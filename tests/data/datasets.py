@@ -44,7 +44,7 @@ def data_config(
         seed=seed,
         data=DataConfig(root=str(root)),
         batch=BatchConfig(labeled=labeled, unlabeled=unlabeled),
-        stream=StreamConfig(lanes=lanes, window_mib=window_mib, workers=workers),
+        stream=StreamConfig(lanes=lanes, lane_window_mib=window_mib / lanes, workers=workers),
         remote=RemoteConfig(cache=None if cache is None else str(cache), tries=tries),
         train=TrainConfig(supervised_only=supervised_only),
     )

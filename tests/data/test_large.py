@@ -139,7 +139,7 @@ def test_an_index_and_a_stream_in_memory(server: FolderServer) -> None:
             storage = open_storage(config)
             stream = WindowedStream(storage, index, "unlabeled", config, BATCH, range(LANES))
             _, peak = tracemalloc.get_traced_memory()
-            windows = LANES * window_samples(index.unlabeled, LANES, 256)
+            windows = LANES * window_samples(index.unlabeled, 256 / LANES)
             images = windows * 28 * 28 if layout == "packed" else 8 * windows
             numbers = 3 * 8 * windows  # ids, labels, and the order in which they are taken
             assert peak - before < images + numbers + 8 * MIB
@@ -254,7 +254,7 @@ def peak_memory(
 def test_windows_of_large_images_keep_to_their_budget(tmp_path: Path) -> None:
     index = write_split(tmp_path, [noise] * 6, 36)
     lanes, batch, budget = 4, 8, 16 * MIB
-    window = window_samples(index.unlabeled, lanes, 16)
+    window = window_samples(index.unlabeled, 16 / lanes)
     assert 2 * window == index.unlabeled.samples // lanes  # two full windows an epoch
     peak = peak_memory(tmp_path, index, lanes, batch, 16)
     # beside the windows: the batch, decoded, and an image that is decoded

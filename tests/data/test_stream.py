@@ -159,10 +159,10 @@ def test_more_lanes_than_samples(prepared: dict[str, Path], layout: str) -> None
 
 def test_windows_hold_the_bytes_asked_for(prepared: dict[str, Path]) -> None:
     split = load_index(prepared["packed"]).unlabeled
-    samples = window_samples(split, 8, 1)
+    samples = window_samples(split, 1 / 8)
     total = sum(shard.bytes for shard in split.shards)
     assert 0.9 * 2**20 < samples * 8 * total / split.samples <= 2**20
-    assert window_samples(split, 10**6, 1) == 1
+    assert window_samples(split, 1e-6) == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -142,7 +142,7 @@ def epochs(index: DatasetIndex, name: str, config: Config) -> np.ndarray[Any, An
     order = WindowedOrder(
         [shard.samples for shard in split.shards],
         LANES,
-        window_samples(split, LANES, config.stream.window_mib),
+        window_samples(split, config.stream.lane_window_mib),
         SEED,
         name,
     )
@@ -275,7 +275,7 @@ def test_training_is_the_same(
     options = (
         *EXACT,
         "--optim.decay=0",  # which depends on train.steps
-        "--stream.window_mib=1",
+        "--stream.lane_window_mib=0.08",
         "--batch.labeled=12",
         "--batch.unlabeled=48",
         f"--remote.cache={tmp_path / 'cache'}",

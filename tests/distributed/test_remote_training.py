@@ -100,7 +100,7 @@ def command(root: Path | str, directory: Path, *overrides: str) -> list[str]:
         "--batch.labeled=12",
         "--batch.unlabeled=48",
         "--stream.lanes=12",
-        "--stream.window_mib=1",
+        "--stream.lane_window_mib=0.08",
         "--remote.tries=4",
         "--batch.fake=12",
         "--model.discriminator=mlp",

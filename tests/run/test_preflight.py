@@ -19,7 +19,8 @@ from sgan_dist.data.prepare import shards
 from sgan_dist.data.prepare.shards import prepare
 from sgan_dist.data.remote.cache import Storage
 from sgan_dist.data.stream import FullStream, WindowedStream
-from sgan_dist.run.preflight import coverage
+from sgan_dist.parallel.backends import open_backend
+from sgan_dist.run.preflight import coverage, describe
 from tests.ranks import run_ranks
 from tests.servers import http_server
 
@@ -111,7 +112,7 @@ def test_ranks_read_what_is_planned(
     root = prepared[layout]
     index = load_index(root)
     one_a_lane = (f"--batch.labeled={LANES}", f"--batch.unlabeled={LANES}")
-    small_windows = ("--stream.window_mib=1", f"--seed={world_size}")
+    small_windows = ("--stream.lane_window_mib=0.125", f"--seed={world_size}")
     config = parse(settings(root, *one_a_lane, *small_windows))
     text = coverage(config, index, world_size)
     assert f"{LANES} lanes of about {TRAIN // LANES} samples" in text
@@ -197,3 +198,15 @@ def test_a_world_that_does_not_fit_is_refused_first(
             assert errors.count("\n") == 1
             assert [path for path, _ in server.seen] == ["/index.json"]
     assert not (tmp_path / "run").exists()
+
+
+def test_small_shuffle_windows_are_a_warning(prepared: dict[str, Path]) -> None:
+    index = load_index(prepared["packed"])
+
+    def described(mib: float) -> str:
+        options = ("--stream.lanes=2", f"--stream.lane_window_mib={mib}")
+        config = parse(settings(prepared["packed"], *options))
+        return describe(config, index, open_backend(config))
+
+    assert "WARNING: unlabeled images are shuffled in windows of 1" in described(0.01)
+    assert "WARNING" not in described(8)
