@@ -30,6 +30,27 @@ ALIGNMENT_MOMENTUM = 0.01  # of the averaged D's mean prediction
 
 
 @dataclass(frozen=True)
+class Step:
+    """The step that is made, on this rank."""
+
+    number: int
+    rows: dict[str, range]
+    """of the global batches, by kind of images: which this rank has"""
+    config: Config
+    backend: Backend
+
+    @classmethod
+    def of(cls, batch: SemiSupervisedBatch, config: Config, backend: Backend) -> Step:
+        """The step of a batch; generated images are shared like loaded ones."""
+        fake = share(config.batch.fake, backend.rank, backend.world_size)
+        return cls(batch.step, {**batch.rows, "fake": fake}, config, backend)
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """The batch's uint8 images (n, H, W, C) as a network's input."""
+        return images_to_float(pixels, self.backend.device, self.backend.dtype)
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """What passes D at once: the images (n, C, H, W) of each kind, and their random numbers."""
 
@@ -85,17 +106,17 @@ def discriminator_step(
     sgan: SGAN, batch: SemiSupervisedBatch, config: Config, backend: Backend
 ) -> Metrics:
     """Updates D on labeled, unlabeled and generated images; raises as `train_step` does."""
-    step, rows, counts = batch.step, _rows(batch, config, backend), config.batches
+    step, counts = Step.of(batch, config, backend), config.batches
     labels = batch.labels.to(backend.device, non_blocking=True)
-    images = {"labeled": images_to_float(batch.labeled, backend.device, backend.dtype)}
-    if "unlabeled" in rows:
-        images["unlabeled"] = images_to_float(batch.unlabeled, backend.device, backend.dtype)
+    images = {"labeled": step.images(batch.labeled)}
+    if "unlabeled" in counts:
+        images["unlabeled"] = step.images(batch.unlabeled)
     if sgan.generator is not None:
-        images["fake"] = _generate(sgan.generator, "discriminator", config, backend, step)
+        images["fake"] = _generate(sgan.generator, "discriminator", step)
         counts |= {"fake": config.batch.fake}
     targets = None
     if config.uses_consistency:
-        targets = _targets(sgan, images["unlabeled"], rows, config, backend, step)
+        targets = _targets(sgan, images["unlabeled"], step)
 
     weights = {  # the supervised term has weight 1
         "unlabeled": config.loss.unlabeled,
@@ -103,7 +124,7 @@ def discriminator_step(
         "consistency": config.loss.consistency,
     }
     shares: dict[str, Tensor] = {}
-    for micro in _micro_batches(images, rows, "discriminator", config, backend, step):
+    for micro in _micro_batches(images, "discriminator", step):
         micro_labels = micro.cut(labels)
         micro_targets = None if targets is None else micro.cut(targets)
         with sgan.discriminator.accumulate(sync=micro.last):
@@ -117,11 +138,11 @@ def discriminator_step(
                 logits, micro_labels, micro_targets, counts, config
             )
             _add(shares, {f"d/{name}": term for name, term in terms.items()} | fractions)
-            if (step + 1) % config.train.log_every == 0:
+            if (batch.step + 1) % config.train.log_every == 0:
                 _add(shares, _squared_logit_gradients(terms, output.logits))
             weighted = [weights.get(name, 1.0) * term for name, term in terms.items()]
             sgan.discriminator.backward(torch.stack(weighted).sum())
-    return _update(sgan.discriminator, "d", shares, config.optim.lr, config, step, sgan.brake)
+    return _update(sgan.discriminator, "d", shares, config.optim.lr, step, sgan.brake)
 
 
 def generator_step(
@@ -132,30 +153,27 @@ def generator_step(
     G makes its whole batch at once, because its batch norm mixes the images; D sees it in
     micro-batches. Gradients are collected at the images, and G gets them in one backward.
     """
-    engine, step = sgan.generator, batch.step
+    engine, step = sgan.generator, Step.of(batch, config, backend)
     assert engine is not None
     count, shares_of_loss = config.batch.fake, config.batch.accumulation * backend.world_size
     matching = config.loss.generator == "feature_matching"
     real_features: list[Tensor] = []
-    rows = _rows(batch, config, backend)
     if matching:
-        images = {"unlabeled": images_to_float(batch.unlabeled, backend.device, backend.dtype)}
-        real_features = _features(sgan, images, rows, "generator/real", config, backend, step)
+        images = {"unlabeled": step.images(batch.unlabeled)}
+        real_features = _features(sgan, images, "generator/real", step)
 
     shares: dict[str, Tensor] = {}
     with engine.accumulate(sync=True):
-        fake = _generate(engine, "generator", config, backend, step)
+        fake = _generate(engine, "generator", step)
         images = {"fake": fake.detach().requires_grad_()}
-        outputs = _frozen_outputs(sgan, images, rows, "generator/fake", config, backend, step)
+        outputs = _frozen_outputs(sgan, images, "generator/fake", step)
         if matching:
             if config.batch.accumulation == 1:
                 only = next(outputs)
                 outputs, fake_features = iter([only]), [only.features]
             else:
                 # The mean over all micro-batches, which the loss of each needs, takes another pass.
-                fake_features = _features(
-                    sgan, images, rows, "generator/fake", config, backend, step
-                )
+                fake_features = _features(sgan, images, "generator/fake", step)
             real = real_features, config.batch.unlabeled
             means = losses.feature_means(real, (fake_features, count))
         for output in outputs:
@@ -171,7 +189,7 @@ def generator_step(
         gradient = images["fake"].grad
         assert gradient is not None
         engine.backward((fake * gradient).sum())
-    return _update(engine, "g", shares, config.optim.generator_lr, config, step, sgan.brake)
+    return _update(engine, "g", shares, config.optim.generator_lr, step, sgan.brake)
 
 
 def rate(step: int, config: Config) -> float:
@@ -219,10 +237,10 @@ def _squared_logit_gradients(terms: dict[str, Tensor], logits: Tensor) -> dict[s
     return squares
 
 
-def _generate(engine: Engine, phase: str, config: Config, backend: Backend, step: int) -> Tensor:
+def _generate(engine: Engine, phase: str, step: Step) -> Tensor:
     """This rank's rows of the global batch of fakes; with gradient only in G's own step."""
-    rows = share(config.batch.fake, backend.rank, backend.world_size)
-    rng = GlobalRandom(config.seed, f"{phase}/latent", step, {"fake": rows}, backend.device)
+    backend, rows = step.backend, {"fake": step.rows["fake"]}
+    rng = GlobalRandom(step.config.seed, f"{phase}/latent", step.number, rows, backend.device)
     z = engine.network.latent(rng).to(backend.dtype)  # type: ignore[operator]
     with backend.autocast():
         if phase == "generator":
@@ -231,82 +249,47 @@ def _generate(engine: Engine, phase: str, config: Config, backend: Backend, step
             return engine.network(z).to(z.dtype)  # type: ignore[no-any-return]
 
 
-def _rows(batch: SemiSupervisedBatch, config: Config, backend: Backend) -> dict[str, range]:
-    """The rows of the global batches that this rank has, by kind of images."""
-    fake = share(config.batch.fake, backend.rank, backend.world_size)
-    return {**batch.rows, "fake": fake}
-
-
-def _micro_batches(
-    images: dict[str, Tensor],
-    rows: dict[str, range],
-    phase: str,
-    config: Config,
-    backend: Backend,
-    step: int,
-) -> Iterator[MicroBatch]:
-    """Cuts this rank's images, of these rows, into `batch.accumulation` micro-batches.
+def _micro_batches(images: dict[str, Tensor], phase: str, step: Step) -> Iterator[MicroBatch]:
+    """Cuts this rank's images into `batch.accumulation` micro-batches.
 
     Each image gets the same random numbers at any accumulation and world size.
     """
-    n = config.batch.accumulation
+    n, seed, device = step.config.batch.accumulation, step.config.seed, step.backend.device
     for number in range(n):
         parts = {kind: share(len(x), number, n) for kind, x in images.items()}
-        numbers = {kind: rows[kind][part.start : part.stop] for kind, part in parts.items()}
-        rng = GlobalRandom(config.seed, phase, step, numbers, backend.device)
+        rows = {kind: step.rows[kind][part.start : part.stop] for kind, part in parts.items()}
         cut = {kind: x[parts[kind].start : parts[kind].stop] for kind, x in images.items()}
-        yield MicroBatch(cut, rng, number, n)
+        yield MicroBatch(cut, GlobalRandom(seed, phase, step.number, rows, device), number, n)
 
 
 def _frozen_outputs(
-    sgan: SGAN,
-    images: dict[str, Tensor],
-    rows: dict[str, range],
-    phase: str,
-    config: Config,
-    backend: Backend,
-    step: int,
+    sgan: SGAN, images: dict[str, Tensor], phase: str, step: Step
 ) -> Iterator[DiscriminatorOutput]:
     """The frozen D's outputs for augmented images of one kind; gradients flow to the images only."""
     discriminator = sgan.discriminator.network
-    for micro in _micro_batches(images, rows, phase, config, backend, step):
+    for micro in _micro_batches(images, phase, step):
         (part,) = micro.images.values()
-        augmented = augment(part, config.augment, micro.rng)
-        with frozen(discriminator), backend.autocast():
+        augmented = augment(part, step.config.augment, micro.rng)
+        with frozen(discriminator), step.backend.autocast():
             output = discriminator(augmented, micro.rng)
         yield output
 
 
 @torch.no_grad()
-def _features(
-    sgan: SGAN,
-    images: dict[str, Tensor],
-    rows: dict[str, range],
-    phase: str,
-    config: Config,
-    backend: Backend,
-    step: int,
-) -> list[Tensor]:
+def _features(sgan: SGAN, images: dict[str, Tensor], phase: str, step: Step) -> list[Tensor]:
     """The frozen D's features (n, F) of this rank's images of one kind, by micro-batch."""
-    outputs = _frozen_outputs(sgan, images, rows, phase, config, backend, step)
-    return [output.features for output in outputs]
+    return [output.features for output in _frozen_outputs(sgan, images, phase, step)]
 
 
 @torch.no_grad()
-def _targets(
-    sgan: SGAN,
-    unlabeled: Tensor,
-    rows: dict[str, range],
-    config: Config,
-    backend: Backend,
-    step: int,
-) -> Tensor:
+def _targets(sgan: SGAN, unlabeled: Tensor, step: Step) -> Tensor:
     """The averaged D's class probabilities of unlabeled images, aligned and sharpened, (n, N).
 
     Rows whose largest probability is below `loss.threshold` are zeros.
     """
+    config, backend = step.config, step.backend
     probabilities = []
-    for micro in _micro_batches({"unlabeled": unlabeled}, rows, "teacher", config, backend, step):
+    for micro in _micro_batches({"unlabeled": unlabeled}, "teacher", step):
         images = augment(micro.images["unlabeled"], config.teacher_augment, micro.rng)
         with backend.autocast():
             logits = sgan.average(images).logits
@@ -326,13 +309,7 @@ def _add(shares: dict[str, Tensor], more: dict[str, Tensor]) -> None:
 
 
 def _update(
-    engine: Engine,
-    prefix: str,
-    shares: dict[str, Tensor],
-    lr: float,
-    config: Config,
-    step: int,
-    brake: Brake,
+    engine: Engine, prefix: str, shares: dict[str, Tensor], lr: float, step: Step, brake: Brake
 ) -> Metrics:
     """Takes the optimizer step if losses and gradient are finite; returns the global values."""
     dtype = next(iter(shares.values())).dtype
@@ -343,12 +320,12 @@ def _update(
         metrics += Metrics([f"{prefix}/gradient_norm"], norm.to(dtype).view(1))
     brake.check(metrics.values)
     if not engine.skips_on_device:
-        check_finite(dict(zip(metrics.names, metrics.values.tolist(), strict=True)), step)
-    norm = engine.step(lr * rate(step, config), brake.flag)
+        check_finite(dict(zip(metrics.names, metrics.values.tolist(), strict=True)), step.number)
+    norm = engine.step(lr * rate(step.number, step.config), brake.flag)
     if norm is not None:  # ZeRO knows the norm only now, and skips the step if it is not finite
         last = Metrics([f"{prefix}/gradient_norm"], norm.to(dtype).view(1))
         brake.check(last.values)
-        check_finite({last.names[0]: float(norm)}, step)
+        check_finite({last.names[0]: float(norm)}, step.number)
         metrics += last
     return metrics
 
