@@ -246,10 +246,10 @@ def read_split(
     world_size: int,
     block: int = 256,
 ) -> Iterator[Samples]:
-    """Yields one pass over a split: sample i goes to rank i % world_size, in batches of `block`.
+    """Yields one pass over a split: shard i goes to rank i % world_size, in batches of `block`.
 
-    The last batch may be smaller, and ranks may get a different number of batches. Damaged samples
-    are left out.
+    So each shard is read by one rank, and ranks may get different numbers of batches, or none. The last
+    batch may be smaller. Damaged samples are left out.
     """
     held: Samples | None = None
     for samples in _in_sequence(Reader(storage, index, split), rank, world_size):
@@ -263,18 +263,19 @@ def read_split(
 
 
 def _in_sequence(reader: Reader, rank: int, world_size: int) -> Iterator[Samples]:
-    """Yields a split from front to back: verified shards, this rank's samples, no damaged ones."""
+    """Yields this rank's shards from front to back, verified, without damaged samples."""
     storage, shards = reader.storage, reader.split.shards
     cursor = Cursor(reader)
-    for number, shard in enumerate(shards):
-        storage.prefetch(shards[number + 1 : number + 1 + PREFETCH_SHARDS])
+    own = range(rank, len(shards), world_size)
+    for place, number in enumerate(own):
+        shard = shards[number]
+        storage.prefetch(shards[n] for n in own[place + 1 : place + 1 + PREFETCH_SHARDS])
         reader.verify(number)
         for first in range(0, shard.samples, CHUNK):
             piece = Piece(number, first, min(CHUNK, shard.samples - first))
             buffer = reader.buffer(piece.samples)
             damaged = cursor.read(piece, buffer)
-            own = np.flatnonzero(buffer.ids % world_size == rank)
-            yield _decoded(reader, buffer, np.setdiff1d(own, damaged))
+            yield _decoded(reader, buffer, np.setdiff1d(np.arange(piece.samples), damaged))
     cursor.close()
 
 

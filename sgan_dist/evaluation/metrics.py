@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Counts:
-    """Sums over the images that one process classified, and its most confident mistakes."""
+    """Sums over classified images, and the most confident mistakes among them."""
 
     confusion: NDArray[np.float64]
     """(N, N), as `Metrics.confusion`"""
@@ -87,6 +89,16 @@ class Counts:
     """(15, 3): number of images, sum of confidences, number of correct ones"""
     nll: float
     mistakes: list[Mistake]
+
+    @classmethod
+    def none(cls, classes: int) -> Counts:
+        """Those of no image."""
+        return cls(np.zeros((classes, classes)), np.zeros((BINS, 3)), 0.0, [])
+
+    def __add__(self, other: Counts) -> Counts:
+        mistakes = sorted(self.mistakes + other.mistakes, key=lambda m: -m.confidence)[:MISTAKES]
+        confusion, bins = self.confusion + other.confusion, self.bins + other.bins
+        return Counts(confusion, bins, self.nll + other.nll, mistakes)
 
     def metrics(self, class_names: tuple[str, ...]) -> Metrics:
         """The sums divided by the number of images."""
@@ -105,60 +117,89 @@ class Counts:
 
 @torch.no_grad()
 def count_predictions(
-    classifier: Classifier,
+    classifiers: Sequence[Classifier],
     index: DatasetIndex,
     storage: Storage,
     split: str,
     rank: int = 0,
     world_size: int = 1,
-) -> Counts:
-    """Classifies samples `rank`, `rank + world_size`, ... of a labeled split, in this process only."""
-    classes = len(index.class_names)
-    confusion, bins, nll = np.zeros((classes, classes)), np.zeros((BINS, 3)), 0.0
-    mistakes: list[Mistake] = []
-    training = classifier.network.training
-    classifier.network.eval()
+) -> list[Counts]:
+    """Counts of each classifier on the shards of a labeled split that `rank` reads, in one pass."""
+    counts = [Counts.none(len(index.class_names)) for _ in classifiers]
+    training = [classifier.network.training for classifier in classifiers]
+    for classifier in classifiers:
+        classifier.network.eval()
     for images, labels, _ in read_split(storage, index, split, rank, world_size, BATCH):
         assert labels is not None
-        log_p = classifier.log_probabilities(torch.from_numpy(images)).double().cpu().numpy()
-        guesses = log_p.argmax(1)
-        confidence = np.exp(log_p.max(1))
-        nll -= float(log_p[np.arange(len(labels)), labels].sum())
-        np.add.at(confusion, (labels, guesses), 1)
-        rows = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
-        np.add.at(bins, rows, np.stack([np.ones(len(rows)), confidence, guesses == labels], 1))
-        wrong = np.flatnonzero(guesses != labels)
-        for i in wrong[np.argsort(-confidence[wrong])[:MISTAKES]]:
-            image = images[i].copy()  # a view would keep the whole batch in memory
-            mistakes.append(Mistake(float(confidence[i]), int(labels[i]), int(guesses[i]), image))
-        mistakes = sorted(mistakes, key=lambda m: -m.confidence)[:MISTAKES]
-    classifier.network.train(training)
-    return Counts(confusion, bins, nll, mistakes)
+        counts = [
+            total + _counts_of(classifier, images, labels)
+            for total, classifier in zip(counts, classifiers, strict=True)
+        ]
+    for classifier, mode in zip(classifiers, training, strict=True):
+        classifier.network.train(mode)
+    return counts
 
 
-def evaluate(classifier: Classifier, index: DatasetIndex, storage: Storage, split: str) -> Metrics:
-    """Classifies each image of a labeled split once; ranks share the work and all get the result.
+def _counts_of(
+    classifier: Classifier, images: NDArray[np.uint8], labels: NDArray[np.int64]
+) -> Counts:
+    """Those of one batch: images uint8 (n, H, W, C), labels int64 (n,)."""
+    log_p = classifier.log_probabilities(torch.from_numpy(images)).double().cpu().numpy()
+    guesses, confidence = log_p.argmax(1), np.exp(log_p.max(1))
+    counts = Counts.none(log_p.shape[1])
+    np.add.at(counts.confusion, (labels, guesses), 1)
+    rows = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    np.add.at(counts.bins, rows, np.stack([np.ones(len(rows)), confidence, guesses == labels], 1))
+    wrong = np.flatnonzero(guesses != labels)
+    mistakes = [
+        # a view would keep the whole batch in memory
+        Mistake(float(confidence[i]), int(labels[i]), int(guesses[i]), images[i].copy())
+        for i in wrong[np.argsort(-confidence[wrong])[:MISTAKES]]
+    ]
+    nll = -float(log_p[np.arange(len(labels)), labels].sum())
+    return Counts(counts.confusion, counts.bins, nll, mistakes)
 
-    A collective: all ranks must call it, with the network on the device of their process group.
+
+def count_split(
+    classifiers: Sequence[Classifier],
+    index: DatasetIndex,
+    storage: Storage,
+    split: str,
+    mistakes: bool = False,
+) -> list[Counts]:
+    """Classifies each image of a labeled split once by each classifier; all ranks get all counts.
+
+    Each shard is read by one rank. Only with `mistakes` are these gathered. A collective: all ranks
+    must call it, with the networks on the device of their process group.
 
     Raises:
         UserError: on every rank, where one cannot read the split.
     """
     rank, world_size = collectives.rank(), collectives.world_size()
-    counts = run_on_all(
-        lambda: count_predictions(classifier, index, storage, split, rank, world_size)
+    own = run_on_all(
+        lambda: count_predictions(classifiers, index, storage, split, rank, world_size)
     )
-    own = np.concatenate([counts.confusion.ravel(), counts.bins.ravel(), [counts.nll]])
-    sums = collectives.all_sum(torch.from_numpy(own).to(classifier.device)).cpu().numpy()
-    confusion, bins, nll = np.split(sums, [counts.confusion.size, sums.size - 1])
-    if confusion.sum() == 0:
-        raise UserError(
-            f"all images of the {split} split are damaged, so there is nothing to evaluate: copy its"
-            " shards again, or index the dataset again"
-        )
-    return Counts(
-        confusion.reshape(counts.confusion.shape), bins.reshape(BINS, 3), float(nll[0]), []
-    ).metrics(index.class_names)
+    flat = np.stack([np.concatenate([c.confusion.ravel(), c.bins.ravel(), [c.nll]]) for c in own])
+    sums = collectives.all_sum(torch.from_numpy(flat).to(classifiers[0].device)).cpu().numpy()
+    gathered = collectives.gather_objects([c.mistakes for c in own]) if mistakes else []
+    totals = []
+    for number, (counts, row) in enumerate(zip(own, sums, strict=True)):
+        confusion, bins, nll = np.split(row, [counts.confusion.size, row.size - 1])
+        if confusion.sum() == 0:
+            raise UserError(
+                f"all images of the {split} split are damaged, so there is nothing to evaluate: copy"
+                " its shards again, or index the dataset again"
+            )
+        of_all = itertools.chain.from_iterable(of_rank[number] for of_rank in gathered)
+        largest = sorted(of_all, key=lambda m: -m.confidence)[:MISTAKES]
+        square = confusion.reshape(counts.confusion.shape)
+        totals.append(Counts(square, bins.reshape(BINS, 3), float(nll[0]), largest))
+    return totals
+
+
+def evaluate(classifier: Classifier, index: DatasetIndex, storage: Storage, split: str) -> Metrics:
+    """The metrics of one classifier. A collective, and raises, as `count_split`."""
+    return count_split([classifier], index, storage, split)[0].metrics(index.class_names)
 
 
 def evaluate_run(

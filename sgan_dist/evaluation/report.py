@@ -216,7 +216,7 @@ def _evaluate(run: Path, config: Config, summary: dict[str, Any]) -> dict[str, A
             f"{config.data.root} is not the dataset that {run} was trained on: give that with --data"
         )
     with open_storage(config) as storage:
-        counts = count_predictions(classifier, index, storage, split)
+        (counts,) = count_predictions([classifier], index, storage, split)
     metrics = counts.metrics(index.class_names)
     confusions = [
         (metrics.confusion[i][j], i, j)

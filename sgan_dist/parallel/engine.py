@@ -114,9 +114,8 @@ class Backend(ABC):
         setting, hardware = config.machine.precision, fast_bf16(os.environ)
         self.precision, self._reason = launcher.precision(setting, os.environ, hardware)
         # torch's default computes convolutions of fp32 in TF32, and matrix products in fp32
-        cudnn: Any = torch.backends.cudnn
-        for operations in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn):
-            operations.fp32_precision = "tf32" if self.precision == "tf32" else "ieee"
+        torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
 
     @abstractmethod

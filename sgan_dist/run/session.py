@@ -21,7 +21,7 @@ from sgan_dist.data.loader import SemiSupervisedLoader
 from sgan_dist.data.stream import open_storage
 from sgan_dist.errors import NonFiniteLoss, StopRequested, UserError
 from sgan_dist.evaluation.classifier import Classifier, save_classifier
-from sgan_dist.evaluation.metrics import count_predictions, evaluate
+from sgan_dist.evaluation.metrics import Counts, count_split
 from sgan_dist.gan.networks import build, initialize
 from sgan_dist.gan.pixels import save_grid
 from sgan_dist.gan.steps import check_finite, rate, train_step
@@ -167,14 +167,18 @@ class Session:
     def errors(self, split: str) -> dict[str, float]:
         """Returns the error of the averaged D, and of D itself (`_raw`), on a labeled split."""
         self.settle()
-        networks = {"": self.sgan.average, "_raw": self.sgan.discriminator.network}
-        with open_storage(self.config) as storage:  # one for both: it checks each shard once
-            return {
-                f"{split}_error{suffix}": evaluate(
-                    Classifier.of(network, self.config, self._index), self._index, storage, split
-                ).error
-                for suffix, network in networks.items()
-            }
+        return self._errors(split, self._counts(split))
+
+    def _counts(self, split: str, mistakes: bool = False) -> list[Counts]:
+        """Those of the averaged D, and of D itself."""
+        networks = self.sgan.average, self.sgan.discriminator.network
+        classifiers = [Classifier.of(network, self.config, self._index) for network in networks]
+        with open_storage(self.config) as storage:
+            return count_split(classifiers, self._index, storage, split, mistakes)
+
+    def _errors(self, split: str, counts: list[Counts]) -> dict[str, float]:
+        errors = [c.metrics(self._index.class_names).error for c in counts]
+        return dict(zip((f"{split}_error", f"{split}_error_raw"), errors, strict=True))
 
     @torch.no_grad()
     def sample(self) -> dict[str, float]:
@@ -246,13 +250,16 @@ class Session:
 
         self.save()
         self.sample()
-        run_on_main(self._save_classifier)
+        classifier = Classifier.of(self.sgan.average, self.config, self._index)
+        run_on_main(lambda: save_classifier(self._run / "classifier.safetensors", classifier))
+        test = self._counts("test", mistakes=True)
+        run_on_main(lambda: self._tracker.predictions(test[0], self._index.class_names))
         trained_on = "semi-supervised GAN" if self.config.uses_generator else "without a generator"
         if self.config.train.supervised_only:
             trained_on = "labeled images alone"
         summary = {
             "trained_on": trained_on,
-            **self.errors("test"),
+            **self._errors("test", test),
             **self.errors("validation"),
             "step": self.state.step,
             "images_seen": self.state.step * self._batch_images,
@@ -323,11 +330,3 @@ class Session:
                 f"{samples} training images are damaged and data.max_skips is {limit}; the last is"
                 f" {last}: repair the data, or give a larger data.max_skips"
             )
-
-    def _save_classifier(self) -> None:
-        """Writes the averaged D, and logs where it is wrong on the test split."""
-        classifier = Classifier.of(self.sgan.average, self.config, self._index)
-        save_classifier(self._run / "classifier.safetensors", classifier)
-        with open_storage(self.config) as storage:
-            counts = count_predictions(classifier, self._index, storage, "test")
-        self._tracker.predictions(counts, self._index.class_names)

@@ -12,6 +12,7 @@ import pytest
 
 from sgan_dist import checkpoint, evaluate, train
 from sgan_dist.config import Config
+from sgan_dist.data.index import load_index
 from sgan_dist.errors import NonFiniteLoss, UserError
 from tests.conftest import small_config
 from tests.ranks import REPOSITORY, environment, free_port, run_ranks
@@ -91,10 +92,16 @@ def errors_of(rank: int, root: str, run: Path) -> tuple[float, list[list[int]]]:
     return metrics.error, metrics.confusion
 
 
-def test_ranks_share_an_evaluation(digits: Path, tmp_path: Path) -> None:
-    assert run_ranks(1, message_of_train, [small_config(digits, tmp_path)]) == ["no error"]
-    (alone,) = run_ranks(1, errors_of, str(digits), tmp_path)
-    assert run_ranks(3, errors_of, str(digits), tmp_path) == [alone] * 3
+@pytest.mark.parametrize("dataset", ["digits", "windowed"])
+def test_ranks_share_an_evaluation(
+    dataset: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    root = request.getfixturevalue(dataset)
+    shards = len(load_index(root).test.shards)
+    assert shards == (1 if dataset == "digits" else 2)  # so that one of three ranks reads none
+    assert run_ranks(1, message_of_train, [small_config(root, tmp_path)]) == ["no error"]
+    (alone,) = run_ranks(1, errors_of, str(root), tmp_path)
+    assert run_ranks(3, errors_of, str(root), tmp_path) == [alone] * 3
     assert sum(map(sum, alone[1])) == 1000
 
 

@@ -67,7 +67,8 @@ def test_counts_agree_with_the_evaluation(run: Path, digits: Path) -> None:
     index = load_index(digits)
     classifier = load_classifier(run / "classifier.safetensors")
     storage = open_storage(small_config(digits, run))
-    counts = count_predictions(classifier, index, storage, "test")
+    counts, again = count_predictions([classifier, classifier], index, storage, "test")
+    assert (again.nll, again.confusion.tolist()) == (counts.nll, counts.confusion.tolist())
     metrics = counts.metrics(index.class_names)
     expected = evaluate(classifier, index, storage, "test")
     assert metrics.confusion == expected.confusion

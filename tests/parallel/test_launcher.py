@@ -8,9 +8,12 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from sgan_dist.config import load_config
 from sgan_dist.errors import UserError
 from sgan_dist.parallel import launcher
+from sgan_dist.parallel.backends import open_backend
 from tests.ranks import free_port, run
 
 SRUN = {
@@ -145,6 +148,13 @@ def test_the_deepspeed_launcher_and_its_argument() -> None:
 ACCELERATE = ("accelerate", "launch")
 PLAN = ("-m", "sgan_dist", "plan")
 TWO = "--nproc_per_node=2"
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp32", "bf16", "fp64"])
+def test_only_tf32_is_tf32(precision: str) -> None:
+    backend = open_backend(load_config("digits", f"--machine.precision={precision}"))
+    flags = {torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32}
+    assert flags == {precision == "tf32"} and f", {precision}" in backend.describe()
 
 
 @pytest.mark.process
