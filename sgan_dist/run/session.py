@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -82,6 +84,8 @@ class Session:
         self._start_time = time.monotonic() - self.state.seconds  # as if all starts were one
         self._busy = self._data_wait = 0.0  # seconds since the last means(); a wait is busy too
         self._saved_step = self.state.step
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[float] | None = None  # on rank 0
         self._unread: Unread | None = None
         self._stop_reason: str | None = None
 
@@ -213,24 +217,42 @@ class Session:
                 log.warning(f"ALARM at step {step}: {line['alarm']}")
 
     def save(self) -> None:
-        """Writes a checkpoint of this step, if there is none."""
+        """Copies the state of this step, and starts to write it as a checkpoint, if there is none.
+
+        Raises:
+            UserError: on every rank, if the checkpoint before could not be written.
+        """
         if self._saved_step == self.state.step:
             return
         self.settle()
+        self._finish_writing()
         start = time.monotonic()
         self.state.seconds = time.monotonic() - self._start_time
-        state = self.sgan.state() | self.state.state_dict()
+        state, step = self.sgan.state() | self.state.state_dict(), self.state.step
         identity = preflight.identity(self.config, self._index)
         meta = {"meaning": identity, "environment": self._environment}
         keep = self.config.checkpoint.keep
-        run_on_main(lambda: checkpoint.save(self._run, self.state.step, state, meta, keep))
-        self.state.save_seconds = max(self.state.save_seconds, time.monotonic() - start)
-        stopping.set_save_time(self.state.save_seconds)
+        if self._is_main:
+            state = copy.deepcopy(state)  # on the device: the thread brings it to the host
+
+            def write() -> float:
+                checkpoint.save(self._run, step, state, meta, keep)
+                return time.monotonic() - start
+
+            self._writing = self._writer.submit(write)
         self._saved_step = self.state.step
+
+    def _finish_writing(self) -> None:
+        """Waits until the last checkpoint is written; raises its error on every rank."""
+        writing, self._writing = self._writing, None
+        seconds = run_on_main(lambda: 0.0 if writing is None else writing.result())
+        self.state.save_seconds = max(self.state.save_seconds, seconds)
+        stopping.set_save_time(self.state.save_seconds)
 
     def stopped(self) -> StopRequested:
         """Saves a run that was asked to stop; returns what to raise."""
         self.save()
+        self._finish_writing()
         run_on_all(self._tracker.close)
         self.close()
         reason = next(r for r in gather_objects(self._stop_reason) if r is not None)
@@ -249,6 +271,7 @@ class Session:
         from sgan_dist.evaluation.report import make_report  # loads matplotlib: not while training
 
         self.save()
+        self._finish_writing()
         self.sample()
         classifier = Classifier.of(self.sgan.average, self.config, self._index)
         run_on_main(lambda: save_classifier(self._run / "classifier.safetensors", classifier))
@@ -285,6 +308,7 @@ class Session:
         """Closes what is still open. Not a collective: another rank may have failed."""
         self._bar.close()
         self._loader.close()
+        self._writer.shutdown()  # a checkpoint that was begun is finished
         self._tracker.close(failed=True)  # `stopped` and `finish` have closed it already
 
     def _restore(self) -> TrainState:

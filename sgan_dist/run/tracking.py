@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import wandb
 
 from sgan_dist.config import Config, load, result_settings
-from sgan_dist.errors import UserError
+from sgan_dist.errors import TransientError, UserError
 from sgan_dist.evaluation.metrics import Counts
 from sgan_dist.files import write_whole
 
@@ -53,9 +53,19 @@ class Tracker:
             self._wandb = _start_wandb(run, config) if config.tracking.wandb else None
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Writes one line. Only its `time/` fields differ between equal runs."""
+        """Writes one line. Only its `time/` fields differ between equal runs.
+
+        Raises:
+            TransientError: the disk is full.
+        """
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            try:
+                self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            except OSError as error:
+                raise TransientError(
+                    f"cannot write {self._file.name}: {error.strerror}; free some space and run the"
+                    " same command again"
+                ) from error
         self._to_wandb(lambda run: run.log(metrics, step=step))
 
     def image(self, step: int, name: str, path: Path) -> None:
@@ -83,7 +93,10 @@ class Tracker:
     def close(self, summary: dict[str, Any] | None = None, failed: bool = False) -> None:
         """Closes metrics.jsonl and the W&B run, which gets the summary. May be repeated."""
         if self._file is not None:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as error:  # what `log` could not write: a resume writes it again
+                log.warning(f"cannot write {self._file.name}: {error.strerror}")
         if summary is not None:
             self._to_wandb(lambda run: run.summary.update(summary))
         self._to_wandb(lambda run: run.finish(exit_code=int(failed)))

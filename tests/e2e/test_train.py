@@ -109,6 +109,31 @@ def test_kill_at_a_random_moment_and_resume(
     assert metrics(tmp_path) == metrics(straight)
 
 
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
+    straight: Path, digits: Path, tmp_path: Path
+) -> None:
+    every = "--checkpoint.every=1"
+    process = launch("python", *training(digits, tmp_path, every, "--train.steps=150"))
+    wait_for_step(process, tmp_path, 20)
+    checkpoints, deadline = tmp_path / "checkpoints", time.monotonic() + 60
+    while not list(checkpoints.glob(".partial-*/state.pt")) and time.monotonic() < deadline:
+        pass  # the thread writes most of the time
+    kill_all(process)
+    assert list(checkpoints.glob(".partial-*"))
+    code, output = run("python", *training(digits, tmp_path))
+    assert code == 0 and "resuming after step" in output, output
+    assert not list(checkpoints.glob(".partial-*"))
+    assert summary(tmp_path)["weights_sha256"] == summary(straight)["weights_sha256"]
+    assert metrics(tmp_path) == metrics(straight)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file is in the way")
+    code, output = run("python", *training(digits, tmp_path, "--checkpoint.every=10"))
+    assert code == 75 and output.count("error: cannot write checkpoint") == 1, output
+    assert "step  30/" not in output  # it is known at the next save
+
+
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_ends(
     number: signal.Signals, expected: int, straight: Path, digits: Path, tmp_path: Path
