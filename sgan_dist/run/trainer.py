@@ -53,18 +53,17 @@ def train(config: Config) -> dict[str, Any]:
     check_networks(config, index.image_hwc, len(index.class_names), backend)
     with contextlib.ExitStack() as stack:
         run_on_main(lambda: stack.enter_context(rundir.claim(config)))
-        with contextlib.closing(Session(config, index, backend)) as session:
-            try:
-                if _loop(session):
-                    raise session.stopped()
-                return session.finish()
-            except torch.OutOfMemoryError as error:
-                raise OutOfMemory(
-                    f"rank {backend.rank} has used up the memory of its GPU at step"
-                    f" {session.state.step} ({str(error).splitlines()[0]}): raise batch.accumulation,"
-                    " lower the batches, or start more processes; the same command then continues"
-                    " from the last checkpoint"
-                ) from error
+        try:
+            session = stack.enter_context(contextlib.closing(Session(config, index, backend)))
+            if _loop(session):
+                raise session.stopped()
+            return session.finish()
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"rank {backend.rank} has used up the memory of its GPU"
+                f" ({str(error).splitlines()[0]}): raise batch.accumulation, lower the batches, or"
+                " start more processes; the same command then continues from the last checkpoint"
+            ) from error
 
 
 def _loop(session: Session) -> bool:
