@@ -83,16 +83,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Returns the tensors of a checkpoint, on the CPU.
-
-    Raises:
-        UserError: this rank does not see the folder.
-    """
-    if not path.is_dir():
-        raise UserError(
-            f"checkpoint {path} is not visible on every rank: put run_dir on a file system that all"
-            " nodes share"
-        )
+    """Returns the tensors of a checkpoint, on the CPU."""
     return torch.load(path / "state.pt", map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
 
 

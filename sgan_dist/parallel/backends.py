@@ -9,6 +9,7 @@ import torch
 from sgan_dist.config import Config
 from sgan_dist.errors import UserError
 from sgan_dist.parallel import launcher
+from sgan_dist.parallel.agreement import synchronize
 from sgan_dist.parallel.ddp import AccelerateBackend
 from sgan_dist.parallel.deepspeed_config import requested
 from sgan_dist.parallel.engine import Backend
@@ -30,10 +31,11 @@ def open_backend(config: Config) -> Backend:
         from sgan_dist.parallel.deepspeed import DeepSpeedBackend  # imports an optional dependency
 
         backend = DeepSpeedBackend(config, zero)
-    expected = config.machine.world_size
+    expected, error = config.machine.world_size, None
     if expected is not None and expected != backend.world_size:
-        raise UserError(
+        error = UserError(
             f"machine.world_size is {expected}, and the launcher started {backend.world_size}"
             f" processes; on CPU start them with: {launcher.CPU_RANKS.format(n=expected)}"
         )
+    synchronize(error)  # a rank that leaves before the others have joined would be an error of gloo
     return backend

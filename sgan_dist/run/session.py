@@ -318,7 +318,7 @@ class Session:
             log.info(message)
         if path is None:
             return TrainState()
-        tensors = run_on_all(lambda: checkpoint.read_state(path))
+        tensors = run_on_main(lambda: checkpoint.read_state(path))  # the others get it from rank 0
         meta = run_on_main(lambda: checkpoint.read_meta(path))
         try:
             self.sgan.load(tensors)
