@@ -389,7 +389,7 @@ def test_as_launched(prepared: dict[str, Path], tmp_path: Path) -> None:
         argv = command(server.url, directory, "--remote.tries=2", "--stream.workers=1")
         launched = ("accelerate", "launch", "--multi_gpu", "--num_processes", "2")
         code, output = run(*launched, "launch/train.py", *argv, ACCELERATE_USE_CPU="true")
-    assert code != 0 and output.count("error: cannot download") == 1
+    assert code != 0 and output.count("error: cannot download") == 1, output
     assert "exitcode  : 75" in output and "/unlabeled/0000" in output, output
     assert not (directory / "FAILED").exists()
     with http_server(prepared["packed"]) as server:
