@@ -139,7 +139,8 @@ def choose_interface(environ: MutableMapping[str, str]) -> None:
     """
     local = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE")
     nodes = int(environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_NNODES") or "1")
-    several = (local is not None and int(local) < int(environ.get("WORLD_SIZE", "1"))) or nodes > 1
+    # srun alone says only how many nodes its step has
+    several = nodes > 1 if local is None else int(local) < int(environ.get("WORLD_SIZE", "1"))
     if not several or "RANK" not in environ or "GLOO_SOCKET_IFNAME" in environ:
         return
     addresses = {
@@ -152,7 +153,9 @@ def choose_interface(environ: MutableMapping[str, str]) -> None:
         routed = [interface for interface, rows in addresses.items() if own in rows]
         if not routed or routed[0].startswith("lo"):
             stats = psutil.net_if_stats()
-            routed = [i for i in addresses if stats[i].isup and addresses[i] and i[:2] != "lo"]
+            # aliases such as eth0:1 have addresses, but no state of their own
+            up = {interface for interface, state in stats.items() if state.isup}
+            routed = [i for i in addresses if i in up and addresses[i] and i[:2] != "lo"]
         if len(routed) != 1:
             return
         chosen = routed[0]

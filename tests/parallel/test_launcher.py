@@ -79,11 +79,18 @@ def test_gloo_gets_the_interface_of_nccl_or_of_the_route() -> None:
         launcher.choose_interface(environ)
         return environ.get("GLOO_SOCKET_IFNAME")
 
-    assert chosen(of_two_nodes(NCCL_SOCKET_IFNAME="lo")) == "lo"
+    nccl = {"NCCL_SOCKET_IFNAME": "lo"}
+    assert chosen(of_two_nodes(**nccl)) == "lo"
     assert chosen(of_two_nodes(NCCL_SOCKET_IFNAME="=lo")) == "lo"
     assert chosen(of_two_nodes(GLOO_SOCKET_IFNAME="mine", NCCL_SOCKET_IFNAME="lo")) == "mine"
     assert chosen(of_two_nodes(LOCAL_WORLD_SIZE="2")) is None
     assert chosen({}) is None
+    # all ranks on one node of a larger job, and a step of srun alone on two nodes
+    assert chosen(of_two_nodes(LOCAL_WORLD_SIZE="2", SLURM_NNODES="2", **nccl)) is None
+    by_srun = of_two_nodes(SLURM_STEP_NUM_NODES="2", **nccl)
+    del by_srun["LOCAL_WORLD_SIZE"]
+    assert chosen(by_srun | {"SLURM_STEP_NUM_NODES": "1"}) is None
+    assert chosen(by_srun) == "lo"
     stats, addresses = psutil.net_if_stats(), psutil.net_if_addrs()
     inet = (socket.AF_INET, socket.AF_INET6)
     others = [
