@@ -180,6 +180,11 @@ def test_a_section_of_another_kind_is_refused() -> None:
         ("--data.labelled_batch=3", "did you mean batch.labeled?"),
         ("--batch.labelled=3", "did you mean batch.labeled?"),
         ("--data.labeled_batch=3", "data.labeled_batch is now called batch.labeled"),
+        (
+            "--data.window_mib=256",
+            "data.window_mib is now called stream.lane_window_mib, the size of one lane's window:"
+            " divide the old value, of all lanes, by stream.lanes",
+        ),
         ("--train.baseline_steps=3", "train.baseline_steps was removed because the supervised"),
         ("--train.step=3", "there is no setting train.step: did you mean train.steps?"),
         ("--zzzzzz=3", "there is no setting zzzzzz: see --help for all"),

@@ -29,7 +29,7 @@ from sgan_dist.config import (
     resumable,
 )
 from sgan_dist.config.identity import BEFORE
-from sgan_dist.config.names import REMOVED, RENAMED
+from sgan_dist.config.names import CHANGED, REMOVED, RENAMED, upgrade
 from sgan_dist.errors import UserError
 from sgan_dist.evaluation.classifier import load_classifier
 from sgan_dist.gan.models import DISCRIMINATORS, GENERATORS, build_discriminator
@@ -207,7 +207,16 @@ def test_a_run_with_a_removed_setting_is_read_with_a_warning(
 def test_the_tables_of_names_lead_to_what_exists() -> None:
     assert set(RENAMED.values()) <= SETTINGS.keys()
     assert not (RENAMED.keys() | REMOVED.keys()) & SETTINGS.keys()
+    assert CHANGED.keys() <= RENAMED.keys()
     assert set(RENAMED_NETWORKS.values()) <= DISCRIMINATORS.keys() & GENERATORS.keys()
+
+
+def test_an_old_window_is_divided_by_its_lanes() -> None:
+    window = "stream.lane_window_mib"
+    values, removed = upgrade({"data.window_mib": 100, "data.lanes": 16})
+    assert values == {window: 6.25, "stream.lanes": 16} and not removed
+    assert upgrade({"data.window_mib": 256})[0] == {window: Config().stream.lane_window_mib}
+    assert upgrade({window: 5, "stream.lanes": 16})[0][window] == 5
 
 
 def test_an_old_config_of_a_user_is_refused_with_all_new_names(tmp_path: Path) -> None:

@@ -25,6 +25,11 @@ RENAMED = {  # since 0.1.0
     "train.replica_check_every": "machine.replica_check_every",
     "train.timeout": "machine.step_timeout",
 }
+CHANGED = {  # renamed with another meaning: what to do with the old value
+    "data.window_mib": (
+        "the size of one lane's window: divide the old value, of all lanes, by stream.lanes"
+    ),
+}
 RENAMED_NETWORKS = {"book": "tutorial"}
 
 _NO_GAIN = "it improved no result"
@@ -48,7 +53,8 @@ REMOVED = {  # -> why, and the value at which it did nothing; None: no value cha
 def unknown(key: str, known: Iterable[str]) -> str:
     """Returns the sentence for a setting that does not exist, or no longer."""
     if key in RENAMED:
-        return f"{key} is now called {RENAMED[key]}"
+        meaning = f", {CHANGED[key]}" if key in CHANGED else ""
+        return f"{key} is now called {RENAMED[key]}{meaning}"
     if key in REMOVED:
         return f"{key} was removed because {REMOVED[key][0]}: leave it out"
     if any(name.startswith(f"{key}.") for name in known):
