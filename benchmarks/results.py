@@ -145,7 +145,7 @@ def _row(
     except UserError as error:
         raise UserError(f"row {name}: {error}") from error
     # explicit, so that a machine's own `accelerate config` does not change the results
-    precision, _ = launcher.precision(parsed.machine.precision, {}, None)
+    precision, _ = launcher.precision(parsed.machine.precision, {}, "CPU")
     arguments.append(f"--machine.precision={precision}")
     machine = dataclasses.replace(parsed.machine, precision=precision)
     parsed = dataclasses.replace(parsed, machine=machine)

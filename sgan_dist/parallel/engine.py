@@ -111,8 +111,8 @@ class Backend(ABC):
 
     def __init__(self, config: Config) -> None:
         leave_at_exit()  # also where joining the process group, or what follows, fails
-        setting, hardware = config.machine.precision, fast_bf16(os.environ)
-        self.precision, self._reason = launcher.precision(setting, os.environ, hardware)
+        setting = config.machine.precision
+        self.precision, self._reason = launcher.precision(setting, os.environ, hardware(os.environ))
         # torch's default computes convolutions of fp32 in TF32, and matrix products in fp32
         torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
@@ -142,11 +142,12 @@ class Backend(ABC):
         )
 
 
-def fast_bf16(environ: Mapping[str, str]) -> str | None:
-    """What makes bf16 faster than fp32 on this machine; None if nothing does."""
-    if torch.cuda.is_available() and not launcher.uses_cpu(environ):
-        return "CUDA" if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    return "AMX" if torch.cpu._is_amx_tile_supported() else None
+def hardware(environ: Mapping[str, str]) -> str:
+    """What the networks run on, as far as it decides the precision: `CUDA` has bf16."""
+    if not torch.cuda.is_available() or launcher.uses_cpu(environ):
+        return "CPU"
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "CUDA" if has_bf16 else "GPU without bf16"
 
 
 def make_optimizer(network: nn.Module, lr: float, config: OptimConfig) -> torch.optim.Optimizer:

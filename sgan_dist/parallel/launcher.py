@@ -258,12 +258,12 @@ def without_local_rank(argv: Sequence[str], environ: Mapping[str, str]) -> list[
 
 
 def precision(
-    setting: Literal["auto"] | Precision, environ: Mapping[str, str], fast_bf16: str | None
+    setting: Literal["auto"] | Precision, environ: Mapping[str, str], hardware: str
 ) -> tuple[Precision, str]:
     """`machine.precision`, or what `auto` means here; and why, empty where the setting says it.
 
-    `auto` is the launcher's --mixed_precision bf16, or bf16 on hardware for it, `fast_bf16`, else fp32.
-    Accelerate exports "no" also where nobody chose it.
+    `auto` is the launcher's --mixed_precision bf16, or bf16 where `hardware` is CUDA, else fp32:
+    results then do not depend on the CPU. Accelerate exports "no" also where nobody chose it.
 
     Raises:
         UserError: the launcher's is not supported.
@@ -278,9 +278,7 @@ def precision(
             f"the launcher has --mixed_precision {mixed_precision}, which needs loss scaling, and that"
             " skips steps: use --mixed_precision bf16 or no, or set --machine.precision"
         )
-    if fast_bf16 is not None:
-        return "bf16", f"auto: {fast_bf16}"
-    return "fp32", "auto: neither CUDA nor AMX"
+    return "bf16" if hardware == "CUDA" else "fp32", f"auto: {hardware}"
 
 
 def refuse_silent_single_process(environ: Mapping[str, str]) -> None:

@@ -132,11 +132,12 @@ def test_first_host(nodes: str, first: str) -> None:
 def test_the_config_comes_before_the_launchers_precision() -> None:
     no, bf16, fp16 = ({"ACCELERATE_MIXED_PRECISION": value} for value in ("no", "bf16", "fp16"))
     for environ in ({}, no):  # Accelerate always exports one
-        assert launcher.precision("auto", environ, None) == ("fp32", "auto: neither CUDA nor AMX")
+        for other in ("CPU", "GPU without bf16"):
+            assert launcher.precision("auto", environ, other) == ("fp32", f"auto: {other}")
         assert launcher.precision("auto", environ, "CUDA") == ("bf16", "auto: CUDA")
-    assert launcher.precision("auto", bf16, None) == ("bf16", "--mixed_precision")
+    assert launcher.precision("auto", bf16, "CPU") == ("bf16", "--mixed_precision")
     assert launcher.precision("fp32", bf16, "CUDA") == ("fp32", "")
-    assert launcher.precision("bf16", fp16, None) == ("bf16", "")
+    assert launcher.precision("bf16", fp16, "CPU") == ("bf16", "")
     for half in ("fp16", "fp8"):
         with pytest.raises(
             UserError, match=f"--mixed_precision {half}.*bf16 or no.*--machine.prec"
@@ -189,8 +190,8 @@ def test_only_tf32_is_tf32(precision: str) -> None:
         (
             (*ACCELERATE, "--multi_gpu", "--num_processes", "2", *PLAN),
             {"ACCELERATE_USE_CPU": "true"},
-            "accelerate launch, DDP, 2 processes on 1 node, cpu with 1 thread each, fp32 (auto:"
-            " neither CUDA nor AMX); a step is"
+            "accelerate launch, DDP, 2 processes on 1 node, cpu with 1 thread each, fp32 (auto: CPU);"
+            " a step is"
             " 32 labeled + 64 unlabeled + 32 generated images, 16 + 32 + 16 a rank",
         ),
     ],
