@@ -89,9 +89,11 @@ def fill_auto(
     _refuse_unsupported(settings, precision)
     stage = lookup(settings, "zero_optimization.stage") or 0
     batch, micro_batches = sum(config.batches.values()), config.batch.accumulation
-    per_rank = batch // world_size // micro_batches
+    # DeepSpeed insists on the product; where shares are unequal, it is that of the largest one
+    per_rank = -(-batch // (world_size * micro_batches))
+    product = per_rank * world_size * micro_batches
     required = {  # name -> value, and the setting that decides it
-        "train_batch_size": (batch, "batch.labeled + batch.unlabeled"),
+        "train_batch_size": (product, "batch.labeled + batch.unlabeled"),
         "train_micro_batch_size_per_gpu": (per_rank, "batch, world size and batch.accumulation"),
         "gradient_accumulation_steps": (micro_batches, "batch.accumulation"),
         "gradient_clipping": (config.optim.clip_norm or 0.0, "optim.clip_norm"),

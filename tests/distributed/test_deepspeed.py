@@ -126,6 +126,17 @@ def test_a_ddp_checkpoint_continues_under_zero(ddp: list[State]) -> None:
                 assert distance(result, ddp[index]) < 1e-5
 
 
+@slow
+@pytest.mark.parametrize("zero", ["zero0", "zero2"])
+def test_unequal_shares_train_as_under_ddp(zero: str, digits: Path, tmp_path: Path) -> None:
+    batches = ("--batch.labeled=4", "--batch.unlabeled=11", "--batch.fake=5", "--train.steps=8")
+    sgd = ("--optim.name=sgd", "--optim.lr=0.005", "--optim.generator_lr=0.005")
+    for name, more in (("ddp", ()), (zero, (f"--machine.deepspeed=deepspeed/{zero}",))):
+        config = small_config(digits, tmp_path / name, *batches, *sgd, *more)
+        assert run_ranks(3, train_rank, config) == [8] * 3
+    assert largest_difference(parameters(tmp_path / "ddp"), parameters(tmp_path / zero)) < 1e-5
+
+
 def test_a_non_finite_gradient_is_reported_and_changes_nothing() -> None:
     trainings = [
         Training(zero=zero, end=6, poison=3) for zero in ("zero0", "zero1", "zero2_offload")

@@ -42,6 +42,14 @@ def test_the_ready_files_are_filled(path: Path) -> None:
     assert settings == read(path)
 
 
+def test_unequal_shares_count_as_the_largest() -> None:
+    config = parse(["--batch.labeled=4", "--batch.unlabeled=11"])
+    for world_size, per_rank in ((2, 8), (4, 4), (20, 1)):
+        result = fill_auto({}, config, "fp32", world_size, parameters=1)
+        assert result["train_micro_batch_size_per_gpu"] == per_rank
+        assert result["train_batch_size"] == per_rank * world_size
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
