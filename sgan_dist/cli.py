@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stopping.exit_code(stop.by_hand)
     except OutOfMemory as error:
         log.error(f"error: {error}")
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(2)  # the other ranks may wait for this one: the launcher ends them
     except UserError as error:
         _log_error(f"error: {error}")

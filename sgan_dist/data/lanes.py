@@ -21,6 +21,7 @@ from sgan_dist.data.batch import Skip
 from sgan_dist.data.index import DatasetIndex
 from sgan_dist.data.stream import Samples, WindowedStream, open_storage
 from sgan_dist.errors import UserError
+from sgan_dist.parallel.random import share
 
 KILL_AFTER_SECONDS = 3.0  # workers that have not ended by then at close() are killed
 
@@ -65,12 +66,12 @@ class LaneWorkers:
         resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
         workers = config.stream.workers
-        cuts = [len(lanes) * worker // workers for worker in range(workers + 1)]
         self.processes, self._pipes = [], list[Connection]()
         try:
-            for start, stop in itertools.pairwise(cuts):
+            for worker in range(workers):
+                own = share(len(lanes), worker, workers)
                 pipe, worker_end = context.Pipe(duplex=False)
-                arguments = worker_end, index, config, lanes[start:stop], start_step
+                arguments = worker_end, index, config, lanes[own.start : own.stop], start_step
                 process = context.Process(target=_send_lanes, args=arguments)
                 process.start()
                 worker_end.close()  # else the end of the worker would not end the pipe

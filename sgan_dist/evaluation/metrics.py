@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,7 @@ class Counts:
         return cls(np.zeros((classes, classes)), np.zeros((BINS, 3)), 0.0, [])
 
     def __add__(self, other: Counts) -> Counts:
-        mistakes = sorted(self.mistakes + other.mistakes, key=lambda m: -m.confidence)[:MISTAKES]
+        mistakes = _most_confident([*self.mistakes, *other.mistakes])
         confusion, bins = self.confusion + other.confusion, self.bins + other.bins
         return Counts(confusion, bins, self.nll + other.nll, mistakes)
 
@@ -113,6 +112,10 @@ class Counts:
             bins=[(int(n), a / max(n, 1), b / max(n, 1)) for n, a, b in self.bins.tolist()],
             class_names=class_names,
         )
+
+
+def _most_confident(mistakes: Iterable[Mistake]) -> list[Mistake]:
+    return sorted(mistakes, key=lambda mistake: -mistake.confidence)[:MISTAKES]
 
 
 @torch.no_grad()
@@ -190,10 +193,9 @@ def count_split(
                 f"all images of the {split} split are damaged, so there is nothing to evaluate: copy"
                 " its shards again, or index the dataset again"
             )
-        of_all = itertools.chain.from_iterable(of_rank[number] for of_rank in gathered)
-        largest = sorted(of_all, key=lambda m: -m.confidence)[:MISTAKES]
+        of_all = _most_confident(m for of_rank in gathered for m in of_rank[number])
         square = confusion.reshape(counts.confusion.shape)
-        totals.append(Counts(square, bins.reshape(BINS, 3), float(nll[0]), largest))
+        totals.append(Counts(square, bins.reshape(BINS, 3), float(nll[0]), of_all))
     return totals
 
 

@@ -1,4 +1,4 @@
-"""Augmentations on the device, drawn for the global batch: functions of (seed, step, sample)."""
+"""Augmentations on the device: functions of (seed, step, place in the global batch)."""
 
 from __future__ import annotations
 

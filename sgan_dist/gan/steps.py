@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from sgan_dist.parallel.collectives import all_sum
 from sgan_dist.parallel.engine import Backend, Engine, frozen
 from sgan_dist.parallel.random import GlobalRandom, share
 
+Rows = TypeVar("Rows", Tensor, range)
 ALIGNMENT_MOMENTUM = 0.01  # of the averaged D's mean prediction
 
 
@@ -66,8 +68,7 @@ class MicroBatch:
 
     def cut(self, rows: Tensor) -> Tensor:
         """The micro-batch's part of a tensor with a row for each image of a kind."""
-        part = share(len(rows), self.number, self.total)
-        return rows[part.start : part.stop]
+        return _part(rows, self.number, self.total)
 
 
 @dataclass(frozen=True)
@@ -256,10 +257,15 @@ def _micro_batches(images: dict[str, Tensor], phase: str, step: Step) -> Iterato
     """
     n, seed, device = step.config.batch.accumulation, step.config.seed, step.backend.device
     for number in range(n):
-        parts = {kind: share(len(x), number, n) for kind, x in images.items()}
-        rows = {kind: step.rows[kind][part.start : part.stop] for kind, part in parts.items()}
-        cut = {kind: x[parts[kind].start : parts[kind].stop] for kind, x in images.items()}
+        cut = {kind: _part(x, number, n) for kind, x in images.items()}
+        rows = {kind: _part(step.rows[kind], number, n) for kind in images}
         yield MicroBatch(cut, GlobalRandom(seed, phase, step.number, rows, device), number, n)
+
+
+def _part(rows: Rows, number: int, total: int) -> Rows:
+    """The part of rows, or of their numbers, that micro-batch `number` of `total` has."""
+    own = share(len(rows), number, total)
+    return rows[own.start : own.stop]
 
 
 def _frozen_outputs(
@@ -312,21 +318,20 @@ def _update(
     engine: Engine, prefix: str, shares: dict[str, Tensor], lr: float, step: Step, brake: Brake
 ) -> Metrics:
     """Takes the optimizer step if losses and gradient are finite; returns the global values."""
-    dtype = next(iter(shares.values())).dtype
+    dtype, norm_name = next(iter(shares.values())).dtype, [f"{prefix}/gradient_norm"]
     values = all_sum(torch.stack([value.to(dtype) for value in shares.values()]))
     metrics = Metrics(list(shares), values)
     norm = engine.clip_gradients()
     if norm is not None:
-        metrics += Metrics([f"{prefix}/gradient_norm"], norm.to(dtype).view(1))
+        metrics += Metrics(norm_name, norm.to(dtype).view(1))
     brake.check(metrics.values)
     if not engine.skips_on_device:
         check_finite(dict(zip(metrics.names, metrics.values.tolist(), strict=True)), step.number)
     norm = engine.step(lr * rate(step.number, step.config), brake.flag)
     if norm is not None:  # ZeRO knows the norm only now, and skips the step if it is not finite
-        last = Metrics([f"{prefix}/gradient_norm"], norm.to(dtype).view(1))
-        brake.check(last.values)
-        check_finite({last.names[0]: float(norm)}, step.number)
-        metrics += last
+        metrics += Metrics(norm_name, norm.to(dtype).view(1))
+        brake.check(metrics.values)
+        check_finite({norm_name[0]: float(norm)}, step.number)
     return metrics
 
 

@@ -65,10 +65,9 @@ class DDPEngine(Engine):
         (loss_share * self._accelerator.num_processes).backward()
 
     def _step(self, skip: Tensor) -> None:
-        self._optimizer.found_inf, self._optimizer.grad_scale = (
-            skip,
-            None,
-        )  # read by fused optimizers
+        # torch's fused optimizers read these
+        self._optimizer.found_inf = skip
+        self._optimizer.grad_scale = None
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 

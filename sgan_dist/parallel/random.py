@@ -27,7 +27,10 @@ TABLE_SHA256 = "1cfbba1e07e34386a57626f82aeb43e6ed54ba70a3ea6b7d964dc66a841074a8
 
 
 def share(total: int, rank: int, world_size: int) -> range:
-    """The contiguous rows of a global batch of `total` samples that `rank` holds."""
+    """The contiguous rows of a global batch of `total` samples that `rank` holds.
+
+    Lanes are shared by ranks and workers, and rows by micro-batches, in the same way.
+    """
     return range(total * rank // world_size, total * (rank + 1) // world_size)
 
 

@@ -151,14 +151,13 @@ def describe(config: Config, index: DatasetIndex, backend: Backend) -> str:
             f" {order} order; an epoch is {split.samples / batch:.1f} steps,"
             f" {config.train.steps * batch / split.samples:.1f} epochs in all"
         )
-        window = window_samples(split, config.stream.lane_window_mib)
-        if split.order == "windowed" and window < min(
-            WELL_MIXED, split.samples // config.stream.lanes
-        ):
-            lines.append(
-                f"  WARNING: {name} images are shuffled in windows of {window} only: raise"
-                " stream.lane_window_mib"
-            )
+        if split.order == "windowed":
+            window = window_samples(split, config.stream.lane_window_mib)
+            if window < min(WELL_MIXED, split.samples // config.stream.lanes):
+                lines.append(
+                    f"  WARNING: {name} images are shuffled in windows of {window} only: raise"
+                    " stream.lane_window_mib"
+                )
     lines.append(f"  {plural(config.train.steps, 'step')}; run directory {config.directory}")
     return "\n".join(lines)
 

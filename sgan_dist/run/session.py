@@ -233,7 +233,7 @@ class Session:
         meta = {"meaning": identity, "environment": self._environment}
         keep = self.config.checkpoint.keep
         if self._is_main:
-            state = copy.deepcopy(state)  # on the device: the thread brings it to the host
+            state = copy.deepcopy(state)  # on the device: the thread copies it to the host
 
             def write() -> float:
                 checkpoint.save(self._run, step, state, meta, keep)
@@ -308,7 +308,7 @@ class Session:
         """Closes what is still open. Not a collective: another rank may have failed."""
         self._bar.close()
         self._loader.close()
-        self._writer.shutdown()  # a checkpoint that was begun is finished
+        self._writer.shutdown()  # waits for a checkpoint that is being written
         self._tracker.close(failed=True)  # `stopped` and `finish` have closed it already
 
     def _restore(self) -> TrainState:

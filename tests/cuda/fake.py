@@ -67,7 +67,7 @@ class FakeBackend(Backend):
 
 
 class Observer(TorchDispatchMode):
-    """Notes each operation, and of those on CUDA tensors: syncs, copies, collectives, peak bytes."""
+    """Records each operation, and of those on CUDA tensors: syncs, copies, collectives, peak bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +203,6 @@ def run(name: str, world_size: int, images: int) -> dict[str, Any]:
         tensors = [t for network in sgan.networks().values() for t in network.state_dict().values()]
     return {
         "devices": sorted({str(t.device) for t in tensors}),
-        "operations": len(steps[0].trace),
         "equal_traces": all(observed.trace == steps[0].trace for observed in steps),
         "syncs": steps[0].syncs,
         "blocking_copies": steps[0].blocking_copies,

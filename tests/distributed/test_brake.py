@@ -54,13 +54,13 @@ class Poisoned(DCGANDiscriminator):
 
 def digests(session: Session) -> dict[str, str]:
     """Of all that a checkpoint holds of the networks, part by part."""
-    found = {}
+    values = {}
     for name, part in session.sgan.state().items():
         digest = hashlib.sha256()
         for leaf in tree_leaves(part):
             digest.update(as_bytes(leaf) if isinstance(leaf, Tensor) else str(leaf).encode())
-        found[name] = digest.hexdigest()
-    return found
+        values[name] = digest.hexdigest()
+    return values
 
 
 def train_poisoned(
