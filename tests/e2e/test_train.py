@@ -115,9 +115,15 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     every = "--checkpoint.every=1"
     process = launch("python", *training(digits, tmp_path, every, "--train.steps=150"))
     wait_for_step(process, tmp_path, 20)
-    checkpoints, deadline = tmp_path / "checkpoints", time.monotonic() + 60
-    while not list(checkpoints.glob(".partial-*/state.pt")) and time.monotonic() < deadline:
-        pass  # the thread writes most of the time
+    checkpoints, trainer = tmp_path / "checkpoints", psutil.Process(process.pid)
+    while process.poll() is None:
+        trainer.suspend()  # else the write could end between this look and the kill
+        while trainer.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
+        if list(checkpoints.glob(".partial-*/state.pt")):
+            break
+        trainer.resume()
+        time.sleep(0.005)
     kill_all(process)
     assert list(checkpoints.glob(".partial-*"))
     code, output = run("python", *training(digits, tmp_path))
