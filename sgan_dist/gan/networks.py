@@ -17,6 +17,7 @@ from sgan_dist.gan import ema
 from sgan_dist.gan.brake import Brake
 from sgan_dist.gan.models import build_discriminator, build_generator
 from sgan_dist.gan.models.base import CHW, data_dependent_init
+from sgan_dist.gan.phases import DiscriminatorPhase, GeneratorPhase, MicroBatch
 from sgan_dist.gan.pixels import images_to_float
 from sgan_dist.parallel.collectives import broadcast, differing_replica, first_rows
 from sgan_dist.parallel.engine import Backend, Engine
@@ -114,26 +115,58 @@ def build(config: Config, image_hwc: tuple[int, int, int], classes: int, backend
 
     `sgan_dist.gan.gate` says before a run whether they can be trained.
     """
-    model, optim = config.model, config.optim
+    model = config.model
     torch.manual_seed(config.seed)
     spec = DiscriminatorSpec.of(config, image_hwc, classes)
     discriminator = spec.build()
     generator = None
     if config.uses_generator:
         assert model.generator is not None
-        network = build_generator(model.generator, spec.image_chw, model.generator_args)
-        generator = backend.prepare(network, optim.generator_lr, optim)
+        generator = build_generator(model.generator, spec.image_chw, model.generator_args)
     average = copy.deepcopy(discriminator).eval().requires_grad_(False)
-    engine = backend.prepare(discriminator, optim.lr, optim)
-    average.to(backend.device, next(discriminator.parameters()).dtype)
+    average.to(backend.device, backend.dtype)
+    sgan = assemble(discriminator, generator, average, classes, config, backend)
+    _warm_up(sgan, spec.image_chw, config, backend)
+    return sgan
+
+
+def assemble(
+    discriminator: nn.Module,
+    generator: nn.Module | None,
+    average: nn.Module,
+    classes: int,
+    config: Config,
+    backend: Backend,
+) -> SGAN:
+    """The networks in their phases and engines; the averaged D is on the device already."""
+    optim, generator_engine = config.optim, None
+    engine = backend.prepare(DiscriminatorPhase(discriminator, config, backend), optim.lr, optim)
+    if generator is not None:
+        phase = GeneratorPhase(generator, discriminator, config, backend)
+        generator_engine = backend.prepare(phase, optim.generator_lr, optim)
     uniform = torch.full((classes,), 1 / classes, device=backend.device, dtype=backend.dtype)
-    with backend.autocast():
-        engine.warm_up(torch.zeros(2, *spec.image_chw, device=backend.device, dtype=backend.dtype))
-        if generator is not None:
-            rows = {"example": range(2)}
-            rng = GlobalRandom(config.seed, "warm_up", 0, rows, backend.device)
-            generator.warm_up(generator.network.latent(rng).to(backend.dtype))  # type: ignore[operator]
-    return SGAN(engine, generator, average, uniform, Brake.released(backend.device))
+    return SGAN(engine, generator_engine, average, uniform, Brake.released(backend.device))
+
+
+def _warm_up(sgan: SGAN, image_chw: CHW, config: Config, backend: Backend) -> None:
+    """A pass of each phase over two black images of each kind, as `Engine.warm_up` asks for."""
+    before = {name: copy.deepcopy(n.state_dict()) for name, n in sgan.networks().items()}
+    kinds = list(config.batches) + ["fake"] * config.uses_generator
+    black = torch.full((2, *image_chw), -1.0, device=backend.device, dtype=backend.dtype)
+
+    def micro(*kinds: str) -> MicroBatch:
+        rows = {kind: range(len(black)) for kind in kinds}
+        rng = GlobalRandom(config.seed, "warm_up", 0, rows, backend.device)
+        return MicroBatch(dict.fromkeys(kinds, black), rng)
+
+    labels = torch.zeros(len(black), dtype=torch.int64, device=backend.device)
+    targets = sgan.mean_prediction.expand(len(black), -1) if config.uses_consistency else None
+    sgan.discriminator.warm_up(micro(*kinds), labels, targets, False)
+    if sgan.generator is not None:
+        real = [micro("unlabeled")] * (config.loss.generator == "feature_matching")
+        sgan.generator.warm_up(micro("fake").rng, [micro("fake").rng], real)
+    for name, network in sgan.networks().items():
+        network.load_state_dict(before[name])
 
 
 def initialize(sgan: SGAN, first: SemiSupervisedBatch, config: Config, backend: Backend) -> None:

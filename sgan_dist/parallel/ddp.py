@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import warnings
 from typing import Any
@@ -16,42 +15,38 @@ from torch import Tensor, nn
 from sgan_dist.config import Config, OptimConfig
 from sgan_dist.errors import UserError
 from sgan_dist.parallel import launcher
-from sgan_dist.parallel.engine import Backend, Engine, make_optimizer
+from sgan_dist.parallel.engine import Backend, Engine, Phase, make_optimizer
 
 
 class DDPEngine(Engine):
-    """A network under DDP; in a single process, without a wrapper."""
+    """A phase under DDP; in a single process, without a wrapper."""
 
     skips_on_device = True
 
     def __init__(
         self,
-        network: nn.Module,
+        phase: Phase,
         accelerator: accelerate.Accelerator,
         optimizer: torch.optim.Optimizer,
         clip_norm: float | None,
     ) -> None:
-        super().__init__(network, optimizer, clip_norm)
+        super().__init__(phase, optimizer, clip_norm)
         self._accelerator = accelerator
-        self._wrapped: nn.Module = accelerator.prepare_model(network)
+        self._wrapped: nn.Module = accelerator.prepare_model(phase)
 
     def forward(self, *inputs: Any) -> Any:
         """Returns the output of the DDP wrapper, whose backward averages gradients over ranks."""
         return self._wrapped(*inputs)
 
-    def warm_up(self, example: Tensor) -> None:
+    def warm_up(self, *inputs: Any) -> None:
         """Lets DDP order its gradient buckets before the first step.
 
         DDP does so in its first backward, and sums in another order from then on: without this a
         resumed run would differ from an uninterrupted one in the last bits.
         """
-        if self._wrapped is self.network:
-            return
-        before = copy.deepcopy(self.network.state_dict())
-        output = self._wrapped(example)
-        (output if isinstance(output, Tensor) else output.logits).sum().backward()
-        self._optimizer.zero_grad(set_to_none=True)
-        self.network.load_state_dict(before)
+        if self._accelerator.num_processes > 1:
+            self.backward(self.forward(*inputs).loss)
+            self._optimizer.zero_grad(set_to_none=True)
 
     def accumulate(self, sync: bool) -> contextlib.AbstractContextManager[None]:
         """Without `sync`, DDP's own `no_sync`."""
@@ -99,7 +94,7 @@ class AccelerateBackend(Backend):
                 f" them; on CPU start them with: {launcher.CPU_RANKS.format(n=ranks)}"
             )
 
-    def prepare(self, network: nn.Module, lr: float, config: OptimConfig) -> DDPEngine:
-        network.to(self.device, self.dtype)
-        optimizer = make_optimizer(network, lr, config)
-        return DDPEngine(network, self._accelerator, optimizer, config.clip_norm)
+    def prepare(self, phase: Phase, lr: float, config: OptimConfig) -> DDPEngine:
+        phase.network.to(self.device, self.dtype)
+        optimizer = make_optimizer(phase.network, lr, config)
+        return DDPEngine(phase, self._accelerator, optimizer, config.clip_norm)

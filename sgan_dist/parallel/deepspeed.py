@@ -25,11 +25,11 @@ from sgan_dist.errors import UserError
 from sgan_dist.parallel import launcher
 from sgan_dist.parallel.collectives import gather, rank, world_size
 from sgan_dist.parallel.deepspeed_config import fill_auto, lookup
-from sgan_dist.parallel.engine import Backend, Engine, make_optimizer
+from sgan_dist.parallel.engine import Backend, Engine, Phase, make_optimizer
 
 
 class DeepSpeedEngine(Engine):
-    """A network in a DeepSpeed engine of its own.
+    """A phase in a DeepSpeed engine of its own.
 
     ZeRO keeps the optimizer's moments split over ranks: each rank holds its slice of one flat buffer
     of all trained parameters. A checkpoint holds them whole, parameter by parameter.
@@ -37,23 +37,16 @@ class DeepSpeedEngine(Engine):
 
     skips_on_device = False
 
-    def __init__(self, network: nn.Module, engine: Any, clip_norm: float | None) -> None:
-        super().__init__(network, engine.optimizer, clip_norm)
+    def __init__(self, phase: Phase, engine: Any, clip_norm: float | None) -> None:
+        super().__init__(phase, engine.optimizer, clip_norm)
         self._engine = engine
         self._trained = {i: p for i, p in enumerate(self._parameters) if p.requires_grad}
         self._zero = bool(engine.zero_optimization())  # stage 1 or 2
         self._parameters_changed = True
 
     def forward(self, *inputs: Any) -> Any:
-        """Returns views of the engine's outputs.
-
-        The engine hooks the outputs themselves: a gradient with respect to one of them, as D's step
-        takes for an alarm, would count as a backward pass.
-        """
-        output = self._engine(*inputs)
-        if isinstance(output, Tensor):
-            return output.view_as(output)
-        return type(output)(*(tensor.view_as(tensor) for tensor in output))
+        """Returns the output of DeepSpeed's engine."""
+        return self._engine(*inputs)
 
     @contextlib.contextmanager
     def accumulate(self, sync: bool) -> Iterator[None]:
@@ -165,11 +158,12 @@ class DeepSpeedBackend(Backend):
         self._filled = partial(fill_auto, zero, config, self.precision, self.world_size)
         self._filled(parameters=0)  # raises before anything is built
 
-    def prepare(self, network: nn.Module, lr: float, config: OptimConfig) -> DeepSpeedEngine:
-        """Moves a network into an engine; it cannot be copied (deepcopy) any more.
+    def prepare(self, phase: Phase, lr: float, config: OptimConfig) -> DeepSpeedEngine:
+        """Moves a phase into an engine; its network cannot be copied (deepcopy) any more.
 
         Values may be written into the network until its first step.
         """
+        network = phase.network
         network.to(self.device, self.dtype)
         optimizer = make_optimizer(network, lr, config)
         settings = self._filled(sum(p.numel() for p in network.parameters()))
@@ -177,12 +171,12 @@ class DeepSpeedBackend(Backend):
             settings["gradient_clipping"] = 0.0  # `clip_gradients` does it
         try:
             engine, *_ = self._deepspeed.initialize(
-                model=network, optimizer=optimizer, config=settings
+                model=phase, optimizer=optimizer, config=settings
             )
         except (ValueError, AssertionError) as error:
             message = " ".join(str(error).split())
             raise UserError(f"DeepSpeed refuses its configuration: {message}") from error
-        return DeepSpeedEngine(network, engine, config.clip_norm)
+        return DeepSpeedEngine(phase, engine, config.clip_norm)
 
 
 def _import_deepspeed(on_cpu: bool) -> Any:

@@ -11,7 +11,7 @@ import os
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,30 +22,42 @@ from sgan_dist.parallel import launcher
 from sgan_dist.parallel.collectives import gather_objects, leave_at_exit
 
 
+class Phase(Protocol):
+    """A module with the parameters of one network, which it trains, and no others.
+
+    Its forward returns this rank's share of the loss as `loss`, 0-d, beside other values.
+    """
+
+    network: nn.Module
+
+
 class Engine(ABC):
-    """A network, its data-parallel wrapper and its optimizer.
+    """A phase in its data-parallel wrapper, and the optimizer of its network.
 
     A step is `accumulate`, `forward` and `backward` for each micro-batch, then `clip_gradients`,
     then `step`.
     """
 
     network: nn.Module
-    """the plain module, without a wrapper"""
+    """the plain module, without phase and wrapper"""
     skips_on_device: bool
     """whether `step` leaves out the update by the flag; else the host must check before"""
 
-    def __init__(self, network: nn.Module, optimizer: Any, clip_norm: float | None) -> None:
-        self.network = network
+    def __init__(self, phase: Phase, optimizer: Any, clip_norm: float | None) -> None:
+        self.network = phase.network
         self._optimizer = optimizer
         self._clip_norm = clip_norm
-        self._parameters = list(network.parameters())
+        self._parameters = list(self.network.parameters())
 
     @abstractmethod
     def forward(self, *inputs: Any) -> Any:
-        """Returns the network's output; `backward` sums its gradients over ranks."""
+        """Returns the phase's output; `backward` sums the gradients of its loss over ranks."""
 
-    def warm_up(self, example: Tensor) -> None:  # noqa: B027 - only DDP needs it
-        """Makes the first step like all later ones, by a forward and backward if that is needed."""
+    def warm_up(self, *inputs: Any) -> None:  # noqa: B027 - only DDP needs it
+        """Makes the first step like all later ones, by a forward and backward if that is needed.
+
+        Buffers may change.
+        """
 
     @abstractmethod
     def accumulate(self, sync: bool) -> contextlib.AbstractContextManager[None]:
@@ -119,8 +131,8 @@ class Backend(ABC):
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
 
     @abstractmethod
-    def prepare(self, network: nn.Module, lr: float, config: OptimConfig) -> Engine:
-        """Moves a network to the device, and returns it with its optimizer."""
+    def prepare(self, phase: Phase, lr: float, config: OptimConfig) -> Engine:
+        """Moves a phase's network to the device, and returns it with its optimizer."""
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """bf16 for the networks, where the config asks for it; parameters keep their dtype."""

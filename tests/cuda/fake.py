@@ -27,12 +27,11 @@ from torch.utils._pytree import tree_leaves
 
 from sgan_dist.config import Config, load_config
 from sgan_dist.data.batch import SemiSupervisedBatch
-from sgan_dist.gan.brake import Brake
-from sgan_dist.gan.networks import SGAN, build, initialize
+from sgan_dist.gan.networks import assemble, build, initialize
 from sgan_dist.gan.steps import train_step
 from sgan_dist.parallel import random
 from sgan_dist.parallel.ddp import DDPEngine
-from sgan_dist.parallel.engine import Backend, make_optimizer
+from sgan_dist.parallel.engine import Backend, Phase, make_optimizer
 from sgan_dist.parallel.random import share
 
 IMAGE_HWC, CLASSES = (28, 28, 1), 10
@@ -60,10 +59,10 @@ class FakeBackend(Backend):
         super().__init__(config)
         self.rank, self.world_size, self.device = 0, world_size, device
 
-    def prepare(self, network: nn.Module, lr: float, config: Any) -> DDPEngine:
-        optimizer = make_optimizer(network, lr, config)
+    def prepare(self, phase: Phase, lr: float, config: Any) -> DDPEngine:
+        optimizer = make_optimizer(phase.network, lr, config)
         accelerator: Any = Unwrapped(self.world_size)
-        return DDPEngine(network, accelerator, optimizer, config.clip_norm)
+        return DDPEngine(phase, accelerator, optimizer, config.clip_norm)
 
 
 class Observer(TorchDispatchMode):
@@ -180,14 +179,14 @@ def run(name: str, world_size: int, images: int) -> dict[str, Any]:
     real = build(config, IMAGE_HWC, CLASSES, FakeBackend(config, torch.device("cpu"), 1))
     backend = FakeBackend(config, CUDA, world_size)
     with FakeTensorMode(allow_non_fake_inputs=True), process_group(world_size):
-        optim, generator = config.optim, real.generator
-        sgan = SGAN(
-            backend.prepare(on_fake_cuda(real.discriminator.network), optim.lr, optim),
-            generator
-            and backend.prepare(on_fake_cuda(generator.network), optim.generator_lr, optim),
-            on_fake_cuda(real.average),
-            torch.empty(CLASSES, device=CUDA, dtype=backend.dtype),
-            Brake.released(CUDA),
+        networks = {name: on_fake_cuda(network) for name, network in real.networks().items()}
+        sgan = assemble(
+            networks["discriminator"],
+            networks.get("generator"),
+            networks["average"],
+            CLASSES,
+            config,
+            backend,
         )
 
         def start() -> None:

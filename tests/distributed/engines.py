@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgan_dist.config import Config, parse
 from sgan_dist.gan import losses
@@ -42,6 +43,61 @@ class Training:
     """take a gradient with respect to D's logits before the backward, as D's step does"""
     poison: int | None = None
     """the step at which the last rank's loss is NaN"""
+
+
+class Loss(NamedTuple):
+    loss: Tensor
+
+
+class DiscriminatorLoss(nn.Module):
+    """D and its losses, as an engine takes them."""
+
+    def __init__(self, network: nn.Module, training: Training, backend: Backend) -> None:
+        super().__init__()
+        self.network = network
+        self._diagnose, self._backend = training.diagnose, backend
+
+    def forward(self, images: dict[str, Tensor], labels: Tensor, factor: float) -> Loss:
+        with self._backend.autocast():
+            out = self.network(torch.cat(list(images.values())))
+        labeled, unlabeled, generated = out.logits.split([len(x) for x in images.values()])
+        loss = losses.supervised(labeled, labels, LABELED)
+        loss = loss + losses.real(losses.log_odds_real(unlabeled, "implied"), UNLABELED)
+        loss = loss + losses.fake(losses.log_odds_real(generated, "implied"), FAKE)
+        if self._diagnose:
+            (gradient,) = torch.autograd.grad(loss, out.logits, retain_graph=True)
+            assert gradient.shape == out.logits.shape
+        return Loss(loss * factor)
+
+
+class GeneratorLoss(nn.Module):
+    """G, the frozen D, and G's loss, as an engine takes them."""
+
+    def __init__(
+        self, network: nn.Module, d: nn.Module, training: Training, backend: Backend
+    ) -> None:
+        super().__init__()
+        self.network, self._d = network, (d,)
+        self._matching, self._backend = training.matching, backend
+
+    def forward(self, z: Tensor, unlabeled: Tensor) -> Loss:
+        (d,), backend = self._d, self._backend
+        with backend.autocast():
+            fake = self.network(z)
+        leaf = fake.detach().float().requires_grad_()
+        with frozen(d), backend.autocast():
+            out = d(leaf)
+        if self._matching:
+            with torch.no_grad(), frozen(d), backend.autocast():
+                real = d(unlabeled)
+            real_mean = losses.feature_means(([real.features], UNLABELED))[0]
+            mean = losses.feature_means(([out.features], FAKE))[0]
+            shares = backend.world_size
+            loss = losses.feature_matching(real_mean, out.features, mean, FAKE, shares)
+        else:
+            loss = losses.non_saturating(losses.log_odds_real(out.logits, "implied"), FAKE)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        return Loss((fake * gradient).sum())
 
 
 def train_all(
@@ -104,20 +160,24 @@ def train(rank: int, training: Training, state: State | None = None) -> State:
     world = backend.world_size
     torch.manual_seed(0)
     width = {"width": 4}
-    d = backend.prepare(
-        build_discriminator("dcgan", SHAPE, 10, width), config.optim.lr, config.optim
-    )
-    network = build_generator("dcgan", SHAPE, width | {"latent_size": LATENT})
-    g = backend.prepare(network, config.optim.generator_lr, config.optim)
-    with backend.autocast():
-        d.warm_up(torch.zeros(2, *SHAPE))
-        g.warm_up(torch.zeros(2, LATENT))
+    network = build_discriminator("dcgan", SHAPE, 10, width)
+    phase = DiscriminatorLoss(network, training, backend)
+    d = backend.prepare(phase, config.optim.lr, config.optim)
+    generator = build_generator("dcgan", SHAPE, width | {"latent_size": LATENT})
+    generator_phase = GeneratorLoss(generator, network, training, backend)
+    g = backend.prepare(generator_phase, config.optim.generator_lr, config.optim)
+    blank = [copy.deepcopy(n.state_dict()) for n in (network, generator)]
+    images = dict.fromkeys(("labeled", "unlabeled", "fake"), torch.zeros(2, *SHAPE))
+    d.warm_up(images, torch.zeros(2, dtype=torch.int64), 1.0)
+    g.warm_up(torch.zeros(2, LATENT), torch.zeros(2, *SHAPE))
+    network.load_state_dict(blank[0])
+    generator.load_state_dict(blank[1])
     if state is not None:
         d.load(state["discriminator"])
         g.load(state["generator"])
     else:
-        images = torch.randn(32, *SHAPE, generator=torch.Generator().manual_seed(99))
-        data_dependent_init(d.network.eval(), images)
+        examples = torch.randn(32, *SHAPE, generator=torch.Generator().manual_seed(99))
+        data_dependent_init(d.network.eval(), examples)
         d.network.train()
     first = {k: v.clone() for k, v in d.network.state_dict().items()}
     norms, polluted = [], 0.0
@@ -128,43 +188,18 @@ def train(rank: int, training: Training, state: State | None = None) -> State:
         for part in range(training.parts):
             b = batch(step, rank, world, part, training.parts)
             with d.accumulate(sync=part == training.parts - 1):
-                with backend.autocast():
-                    fake = fakes.chunk(training.parts)[part]
-                    out = d.forward(torch.cat([b["labeled"], b["unlabeled"], fake]))
-                sizes = [len(b["labeled"]), len(b["unlabeled"]), len(fake)]
-                labeled, unlabeled, generated = out.logits.split(sizes)
-                loss = losses.supervised(labeled, b["labels"], LABELED)
-                loss = loss + losses.real(losses.log_odds_real(unlabeled, "implied"), UNLABELED)
-                loss = loss + losses.fake(losses.log_odds_real(generated, "implied"), FAKE)
-                if training.diagnose:
-                    (gradient,) = torch.autograd.grad(loss, out.logits, retain_graph=True)
-                    assert gradient.shape == out.logits.shape
-                if step == training.poison and rank == world - 1:
-                    loss = loss * float("nan")
-                d.backward(loss)
+                fake = fakes.chunk(training.parts)[part]
+                images = {"labeled": b["labeled"], "unlabeled": b["unlabeled"], "fake": fake}
+                poisoned = step == training.poison and rank == world - 1
+                factor = float("nan") if poisoned else 1.0
+                d.backward(d.forward(images, b["labels"], factor).loss)
         norms.append(_update(d, config.optim.lr * (1 - step / 40)))
         if not torch.isfinite(norms[-1]):
             break
 
         before = _snapshot(d) if step == training.end - 1 else None
         with g.accumulate(sync=True):
-            with backend.autocast():
-                fake = g.forward(whole["z"])
-            leaf = fake.detach().float().requires_grad_()
-            with frozen(d.network), backend.autocast():
-                out = d.network(leaf)
-            if training.matching:
-                with torch.no_grad(), frozen(d.network), backend.autocast():
-                    real = d.network(whole["unlabeled"])
-                real_mean = losses.feature_means(([real.features], UNLABELED))[0]
-                mean = losses.feature_means(([out.features], FAKE))[0]
-                loss = losses.feature_matching(real_mean, out.features, mean, FAKE, world)
-            else:
-                odds = losses.log_odds_real(out.logits, "implied")
-                loss = losses.non_saturating(odds, FAKE)
-            torch.autograd.backward(loss)
-            assert leaf.grad is not None
-            g.backward((fake * leaf.grad).sum())
+            g.backward(g.forward(whole["z"], whole["unlabeled"]).loss)
         norms.append(_update(g, config.optim.generator_lr * (1 - step / 40)))
         if before is not None:
             polluted = max(difference(a, b) for a, b in zip(before, _snapshot(d), strict=True))
