@@ -90,6 +90,11 @@ class LaneWorkers:
         while True:
             yield [self._receive(worker) for worker in range(len(self._pipes))]
 
+    def kill(self) -> None:
+        """Kills the workers; a thread that reads from them then gets a UserError."""
+        for process in self.processes:
+            process.kill()
+
     def close(self) -> None:
         """Ends the workers: their pipes are closed, and they are killed after a few seconds."""
         atexit.unregister(self.close)

@@ -71,6 +71,11 @@ class SemiSupervisedLoader:
                 lane_steps = ([step] for step in self._lanes)
         return (self._batch(step, next(lane_steps)) for step in itertools.count(start_step))
 
+    def kill(self) -> None:
+        """Kills the workers, for which another thread waits in vain; `close` is still to be called."""
+        if isinstance(self._lanes, LaneWorkers):
+            self._lanes.kill()
+
     def close(self) -> None:
         """Ends the workers: they are asked to, and killed after a few seconds. May be repeated."""
         if self._lanes is not None:

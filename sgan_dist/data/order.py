@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -69,10 +70,9 @@ class FullOrder:
     def __init__(self, samples: int, seed: int, split: str, batch: int) -> None:
         self._samples = samples
         self._batch = batch
-        # one cache per split: a small split's many epochs must not evict a large split's one
-        self._permutation = functools.lru_cache(_CACHED_EPOCHS)(
-            lambda epoch: permutation(samples, seed, split, "full", epoch)
-        )
+        self._key = seed, split, "full"
+        self._thread = ThreadPoolExecutor(1, f"order of {split}")
+        self._orders: dict[int, Future[Int64s]] = {}  # of an epoch and the one after it
 
     def take(self, step: int, start: int, stop: int) -> Int64s:
         """Returns the samples at positions [start, stop) of the global batch of `step`, int64."""
@@ -86,6 +86,16 @@ class FullOrder:
             position += count
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
+    def _permutation(self, epoch: int) -> Int64s:
+        """The epoch's; that of the next epoch is made meanwhile, in a thread: it may take a second."""
+
+        def order(number: int) -> Future[Int64s]:
+            return self._thread.submit(permutation, self._samples, *self._key, number)
+
+        wanted = epoch, epoch + 1
+        self._orders = {n: self._orders.get(n) or order(n) for n in wanted}
+        return self._orders[epoch].result()
+
 
 class BalancedOrder:
     """The order of a labeled split held in memory in which classes take turns.
@@ -98,13 +108,14 @@ class BalancedOrder:
     def __init__(self, labels: Int64s, seed: int, split: str, batch: int) -> None:
         self._batch = batch
         self._members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        self._sizes = np.array([len(members) for members in self._members])
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        # of each class, one after another: its samples in the order of one of its epochs
+        self._table = np.concatenate(self._members)
+        self._epochs = np.full(len(self._members), -1)
+        self._key = seed, split, "balanced"
         self._round = functools.lru_cache(_CACHED_ROUNDS)(
-            lambda number: permutation(len(self._members), seed, split, "balanced", number)
-        )
-        self._class_epoch = functools.lru_cache(_CACHED_EPOCHS * len(self._members))(
-            lambda number, epoch: permutation(
-                len(self._members[number]), seed, split, "balanced", number, epoch
-            )
+            lambda number: permutation(len(self._members), *self._key, number)
         )
 
     def take(self, step: int, start: int, stop: int) -> Int64s:
@@ -117,12 +128,24 @@ class BalancedOrder:
         first = int(rounds[0])
         table = np.stack([self._round(number) for number in range(first, int(rounds[-1]) + 1)])
         classes = table[rounds - first, turns]
-        for number in np.unique(classes).tolist():
-            members, rows = self._members[number], classes == number
-            epochs, inside = np.divmod(rounds[rows], len(members))
-            orders = [self._class_epoch(number, epoch) for epoch in epochs.tolist()]
-            samples[rows] = members[[order[i] for order, i in zip(orders, inside, strict=True)]]
-        return samples
+        epochs, inside = np.divmod(rounds, self._sizes[classes])
+        left = np.arange(len(samples))
+        while True:  # again where a class begins an epoch
+            there = epochs[left] == self._epochs[classes[left]]
+            now, left = left[there], left[~there]
+            samples[now] = self._table[self._starts[classes[now]] + inside[now]]
+            if not len(left):
+                return samples
+            numbers, places = np.unique(classes[left], return_index=True)
+            for number, epoch in zip(numbers.tolist(), epochs[left[places]].tolist(), strict=True):
+                self._load(number, epoch)
+
+    def _load(self, number: int, epoch: int) -> None:
+        """Fills a class's part of the table with the order of one of its epochs."""
+        members, start = self._members[number], self._starts[number]
+        order = permutation(len(members), *self._key, number, epoch)
+        self._table[start : start + len(members)] = members[order]
+        self._epochs[number] = epoch
 
 
 def lane_start(n: int, lanes: int, lane: int, epoch: int) -> int:

@@ -20,7 +20,7 @@ from sgan_dist.data.stream import open_storage, read_split
 from sgan_dist.errors import UserError
 from sgan_dist.evaluation.classifier import Classifier, load_classifier
 from sgan_dist.parallel import collectives
-from sgan_dist.parallel.agreement import run_on_all
+from sgan_dist.parallel.agreement import catch, reduce_objects, run_on_all, synchronize
 from sgan_dist.parallel.ddp import AccelerateBackend
 
 BINS = 15
@@ -179,14 +179,20 @@ def count_split(
         UserError: on every rank, where one cannot read the split.
     """
     rank, world_size = collectives.rank(), collectives.world_size()
-    own = run_on_all(
+    own, error = catch(
         lambda: count_predictions(classifiers, index, storage, split, rank, world_size)
     )
-    flat = np.stack([np.concatenate([c.confusion.ravel(), c.bins.ravel(), [c.nll]]) for c in own])
+    own = own or [Counts.none(len(index.class_names)) for _ in classifiers]
+    failed = [error is not None]
+    flat = np.stack(
+        [np.concatenate([c.confusion.ravel(), c.bins.ravel(), [c.nll], failed]) for c in own]
+    )
     sums = collectives.all_sum(torch.from_numpy(flat).to(classifiers[0].device)).cpu().numpy()
-    gathered = collectives.gather_objects([c.mistakes for c in own]) if mistakes else []
+    if sums[0, -1]:
+        synchronize(error)
+    gathered = reduce_objects([c.mistakes for c in own], list) if mistakes else []
     totals = []
-    for number, (counts, row) in enumerate(zip(own, sums, strict=True)):
+    for number, (counts, row) in enumerate(zip(own, sums[:, :-1], strict=True)):
         confusion, bins, nll = np.split(row, [counts.confusion.size, row.size - 1])
         if confusion.sum() == 0:
             raise UserError(

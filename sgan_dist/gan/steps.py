@@ -7,6 +7,7 @@ is not finite.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ ALIGNMENT_MOMENTUM = 0.01  # of the averaged D's mean prediction
 
 @dataclass(frozen=True)
 class Metrics:
-    """Global means of a step, (k,) on the device, by name."""
+    """Global values of a step, (k,) on the device, by name."""
 
     names: list[str]
     values: Tensor
@@ -37,8 +38,14 @@ class Metrics:
         return Metrics(self.names + other.names, torch.cat([self.values, other.values]))
 
 
-def train_step(sgan: SGAN, batch: SemiSupervisedBatch, config: Config, backend: Backend) -> Metrics:
-    """Updates D, then G, then the averaged D; returns global means.
+def train_step(
+    sgan: SGAN,
+    batch: SemiSupervisedBatch,
+    config: Config,
+    backend: Backend,
+    flags: Mapping[str, bool],
+) -> Metrics:
+    """Updates D, then G, then the averaged D; returns global means, and how many ranks set each flag.
 
     If D's losses or gradient are not finite, everything stays as it was before the step, and in all
     later ones; if G's are not, D has made the step. The caller sees it in the metrics.
@@ -50,7 +57,7 @@ def train_step(sgan: SGAN, batch: SemiSupervisedBatch, config: Config, backend: 
     generator_buffers = [] if sgan.generator is None else sgan.generator.network.buffers()
     with brake.protecting(generator_buffers):  # D's step makes images with G, too
         with brake.protecting([*discriminator.buffers(), sgan.mean_prediction]):
-            metrics = discriminator_step(sgan, batch, config, backend)
+            metrics = discriminator_step(sgan, batch, config, backend, flags)
         if sgan.generator is not None:
             metrics += generator_step(sgan, batch, config, backend)
     images = sum(config.batches.values())
@@ -59,9 +66,13 @@ def train_step(sgan: SGAN, batch: SemiSupervisedBatch, config: Config, backend: 
 
 
 def discriminator_step(
-    sgan: SGAN, batch: SemiSupervisedBatch, config: Config, backend: Backend
+    sgan: SGAN,
+    batch: SemiSupervisedBatch,
+    config: Config,
+    backend: Backend,
+    flags: Mapping[str, bool],
 ) -> Metrics:
-    """Updates D on labeled, unlabeled and generated images; raises as `train_step` does."""
+    """Updates D on labeled, unlabeled and generated images; returns and raises as `train_step` does."""
     engine, step, total = (
         sgan.discriminator,
         Step.of(batch, config, backend),
@@ -90,6 +101,10 @@ def discriminator_step(
             engine.backward(shares.loss)
         for name, value in shares.values.items():
             values[name] = values.get(name, 0) + value
+    # filled, not copied, on the device; summed over ranks with the losses
+    values |= {
+        name: torch.full((), float(flag), device=backend.device) for name, flag in flags.items()
+    }
     return _update(engine, "d", values, config.optim.lr, step, sgan.brake)
 
 

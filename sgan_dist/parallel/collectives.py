@@ -9,19 +9,14 @@ Without a process group every function works as in a world of one.
 
 from __future__ import annotations
 
-import atexit
-import functools
 from collections.abc import Iterable
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sgan_dist.parallel.random import digest
-
-T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -98,36 +93,3 @@ def differing_replica(tensors: dict[str, Tensor]) -> str | None:
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     differ = (largest[0] != ~largest[1]).tolist()
     return next((name for name, differs in zip(tensors, differ, strict=True) if differs), None)
-
-
-def gather_objects(value: T) -> list[T]:
-    """One small picklable object from every rank, ranks in order, on every rank."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=host_group())
-    return values
-
-
-@functools.lru_cache(maxsize=1)
-def host_group() -> Any:
-    """A gloo group for CPU objects: with NCCL they would wait for the GPU."""
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-
-
-def limit_waits(seconds: float) -> None:
-    """Sets how long a collective waits for the other ranks before it fails on this one."""
-    if dist.is_initialized():
-        for group in {None, host_group()}:
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
-
-
-def leave_at_exit() -> None:
-    """Makes this process leave its process group at its exit; it could not join one again."""
-    atexit.unregister(_leave)
-    atexit.register(_leave)
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

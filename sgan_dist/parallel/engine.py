@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sgan_dist.config import Config, OptimConfig
 from sgan_dist.errors import plural
 from sgan_dist.parallel import launcher
-from sgan_dist.parallel.collectives import gather_objects, leave_at_exit
+from sgan_dist.parallel.agreement import leave_at_exit, reduce_objects
 
 
 class Phase(Protocol):
@@ -142,7 +142,7 @@ class Backend(ABC):
 
     def describe(self) -> str:
         """One line: launcher, wrapper, processes, nodes, device, precision. All ranks call it."""
-        nodes = len(set(gather_objects(platform.node())))
+        nodes = reduce_objects(platform.node(), lambda names: len(set(names)))
         if self.device.type == "cuda":
             device = torch.cuda.get_device_name(self.device)
         else:

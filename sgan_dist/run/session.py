@@ -8,9 +8,9 @@ import itertools
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -20,6 +20,7 @@ from sgan_dist.config import Config
 from sgan_dist.data.batch import SemiSupervisedBatch, Skip
 from sgan_dist.data.index import DatasetIndex
 from sgan_dist.data.loader import SemiSupervisedLoader
+from sgan_dist.data.prefetch import Prefetcher
 from sgan_dist.data.stream import open_storage
 from sgan_dist.errors import NonFiniteLoss, StopRequested, UserError
 from sgan_dist.evaluation.classifier import Classifier, save_classifier
@@ -27,8 +28,13 @@ from sgan_dist.evaluation.metrics import Counts, count_split
 from sgan_dist.gan.networks import build, initialize
 from sgan_dist.gan.pixels import save_grid
 from sgan_dist.gan.steps import check_finite, rate, train_step
-from sgan_dist.parallel.agreement import catch, run_on_all, run_on_main, synchronize
-from sgan_dist.parallel.collectives import gather_objects
+from sgan_dist.parallel.agreement import (
+    catch,
+    reduce_objects,
+    run_on_all,
+    run_on_main,
+    synchronize,
+)
 from sgan_dist.parallel.engine import Backend
 from sgan_dist.parallel.random import GlobalRandom
 from sgan_dist.parallel.readback import Readback
@@ -38,7 +44,13 @@ from sgan_dist.run.tracking import Tracker, log_progress
 
 log = logging.getLogger(__name__)
 GRID = 64  # images in a sample grid
+STOP, FAILED, DAMAGE = (
+    "flags/stop",
+    "flags/failed",
+    "flags/damage",
+)  # summed over ranks with the losses
 
+T = TypeVar("T")
 Unread = tuple[SemiSupervisedBatch, list[str], Readback]  # a step's metrics, not read yet
 
 
@@ -59,11 +71,12 @@ class Session:
         shape, classes = index.image_hwc, len(index.class_names)
         self.sgan = run_on_all(lambda: build(config, shape, classes, backend))
         self.state = self._restore()
-        self._batches = self._loader.batches(self.state.step)
+        self._batches = Prefetcher(self._loader, self.state.step, config.train.steps)
         if self.state.step == 0:
-            first = run_on_all(lambda: next(self._batches))
+            first, error = self._batches.first()
+            synchronize(error)
+            assert first is not None  # there are steps
             initialize(self.sgan, first, config, backend)
-            self._batches = itertools.chain([first], self._batches)
         self.sgan.check_replicas(self.state.step)
         self._tracker = run_on_all(
             lambda: Tracker(self._run, config, self.state.step, active=self._is_main)
@@ -87,29 +100,34 @@ class Session:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[float] | None = None  # on rank 0
         self._unread: Unread | None = None
-        self._stop_reason: str | None = None
+        self._error: UserError | None = None  # of rank 0, which alone writes files
+        self._stop_reason = stopping.stop_requested()
+        (self._stop,) = synchronize(self._batches.error(), self._stop_reason is not None)
+        self._failed = False
 
     def due(self, interval: int) -> bool:
         """Returns whether something that is done every `interval` steps is due; 0: never."""
         return interval > 0 and self.state.step % interval == 0
 
-    def next_batch(self) -> tuple[SemiSupervisedBatch, bool]:
-        """Returns this rank's slice of the next global batch, and whether any rank should stop.
+    def next_batch(self) -> SemiSupervisedBatch | None:
+        """Returns this rank's slice of the next global batch; None if the run is to stop.
+
+        What one rank knows goes with the losses of its next step, and is read by all ranks a step
+        later, before a batch that one of them does not have.
 
         Raises:
-            UserError: on every rank, if one cannot read, or if too many images are damaged.
+            UserError: on every rank, if one cannot read or write.
         """
+        if self._failed:
+            synchronize(self._batches.error() or self._error)
+        if self._stop:
+            return None
         start = time.monotonic()
-        batch, error = catch(lambda: next(self._batches))
+        batch = self._batches.take()
+        self._batches.error()  # waits for the batches after it
         self._data_wait += time.monotonic() - start
-        self._stop_reason = stopping.stop_requested()
-        skips = batch.skips if batch is not None else ()
-        stop, damage = synchronize(error, self._stop_reason is not None, bool(skips))
-        if damage:
-            self._count_skips(skips)
-        assert batch is not None  # synchronize raised otherwise
         self._busy += time.monotonic() - start
-        return batch, stop
+        return batch
 
     def train_step(self, batch: SemiSupervisedBatch) -> None:
         """Updates D, then G, then the averaged D.
@@ -119,8 +137,11 @@ class Session:
                 out; the sample ids of its batch are written.
         """
         start = time.monotonic()
+        self._stop_reason = self._stop_reason or stopping.stop_requested()
+        failed = self._batches.error() is not None or self._error is not None
+        flags = {STOP: self._stop_reason is not None, FAILED: failed, DAMAGE: bool(batch.skips)}
         with self._sample_ids_written(batch):
-            metrics = train_step(self.sgan, batch, self.config, self._backend)
+            metrics = train_step(self.sgan, batch, self.config, self._backend, flags)
         last, self._unread = self._unread, (batch, metrics.names, Readback(metrics.values))
         self._read(last)  # now that the device has the next step to work on
         self.state.step += 1
@@ -142,6 +163,10 @@ class Session:
         metrics = dict(zip(names, values.read(), strict=True))
         with self._sample_ids_written(batch):
             check_finite(metrics, batch.step)
+        self._stop |= metrics.pop(STOP) > 0
+        self._failed |= metrics.pop(FAILED) > 0
+        if metrics.pop(DAMAGE):
+            self._count_skips(batch.skips)
         self.state.add_metrics(metrics)
 
     @contextlib.contextmanager
@@ -150,7 +175,8 @@ class Session:
         try:
             yield
         except NonFiniteLoss:
-            ids = gather_objects((batch.labeled_ids.tolist(), batch.unlabeled_ids.tolist()))
+            own = batch.labeled_ids.tolist(), batch.unlabeled_ids.tolist()
+            ids = reduce_objects(own, list)
             run_on_main(lambda: rundir.write_sample_ids(self._run, batch.step, ids))
             raise
 
@@ -186,8 +212,11 @@ class Session:
 
     @torch.no_grad()
     def sample(self) -> dict[str, float]:
-        """Writes a grid of generated images, always from the same noise; returns their spread."""
-        if self.sgan.generator is None:
+        """Rank 0 writes a grid of generated images, always from the same noise.
+
+        Returns their spread there, and nothing on the other ranks.
+        """
+        if self.sgan.generator is None or not self._is_main:
             return {}
         generator, backend = self.sgan.generator.network, self._backend
         rows = {"grid": range(GRID)}
@@ -202,26 +231,29 @@ class Session:
             self._tracker.image(self.state.step, "samples", path)
             return {"samples/spread": float(images.float().std(0).mean())}
 
-        return run_on_main(write)
+        return self._try(write) or {}
 
     def log(self, line: dict[str, Any]) -> None:
-        """Adds alarms to a line of metrics, and sends it to metrics.jsonl, W&B and the terminal."""
+        """Rank 0 sends a line of metrics, with alarms, to metrics.jsonl, W&B and the terminal."""
+        if not self._is_main:
+            return
         messages = alarms.check(line, self.config.train.log_every, self.state.alarms)
         if messages:
             line["alarm"] = "; ".join(messages)
         step, seconds = self.state.step, time.monotonic() - self._start_time
-        run_on_all(lambda: self._tracker.log(step, line))
-        if self._is_main:
-            log_progress(step, self.config.train.steps, seconds, line)
-            if messages:
-                log.warning(f"ALARM at step {step}: {line['alarm']}")
+        self._try(lambda: self._tracker.log(step, line))
+        log_progress(step, self.config.train.steps, seconds, line)
+        if messages:
+            log.warning(f"ALARM at step {step}: {line['alarm']}")
+
+    def _try(self, work: Callable[[], T]) -> T | None:
+        """Returns what rank 0 does, or notes its error, which `next_batch` raises on every rank."""
+        result, error = catch(work)
+        self._error = self._error or error
+        return result
 
     def save(self) -> None:
-        """Copies the state of this step, and starts to write it as a checkpoint, if there is none.
-
-        Raises:
-            UserError: on every rank, if the checkpoint before could not be written.
-        """
+        """Copies the state of this step; rank 0 starts to write it, if that is not done yet."""
         if self._saved_step == self.state.step:
             return
         self.settle()
@@ -243,27 +275,28 @@ class Session:
         self._saved_step = self.state.step
 
     def _finish_writing(self) -> None:
-        """Waits until the last checkpoint is written; raises its error on every rank."""
+        """Waits on rank 0 until the last checkpoint is written."""
         writing, self._writing = self._writing, None
-        seconds = run_on_main(lambda: 0.0 if writing is None else writing.result())
-        self.state.save_seconds = max(self.state.save_seconds, seconds)
-        stopping.set_save_time(self.state.save_seconds)
+        if writing is not None:
+            self.state.save_seconds = max(self.state.save_seconds, self._try(writing.result) or 0.0)
+            stopping.set_save_time(self.state.save_seconds)
 
     def stopped(self) -> StopRequested:
         """Saves a run that was asked to stop; returns what to raise."""
         self.save()
         self._finish_writing()
+        synchronize(self._error)
         run_on_all(self._tracker.close)
         self.close()
-        reason = next(r for r in gather_objects(self._stop_reason) if r is not None)
-        (by_hand,) = synchronize(None, stopping.stopped_by_hand())
+        reason = reduce_objects(self._stop_reason, lambda reasons: next(filter(None, reasons)))
+        (by_hand,) = synchronize(None, stopping.stopped_by_hand(self._run))
         message = (
             f"stopped after {self.state.step} of {self.config.train.steps} steps by {reason}; the"
             " same command resumes the run"
         )
         log.info(message)
         # A collective after all that rank 0 has to do: a launcher may end it when another rank exits.
-        run_on_main(stopping.remove_stop_file)
+        run_on_main(lambda: stopping.remove_stop_file(self._run))
         return StopRequested(message, by_hand)
 
     def finish(self) -> dict[str, Any]:
@@ -271,8 +304,9 @@ class Session:
         from sgan_dist.evaluation.report import make_report  # loads matplotlib: not while training
 
         self.save()
-        self._finish_writing()
         self.sample()
+        self._finish_writing()
+        synchronize(self._error)
         classifier = Classifier.of(self.sgan.average, self.config, self._index)
         run_on_main(lambda: save_classifier(self._run / "classifier.safetensors", classifier))
         test = self._counts("test", mistakes=True)
@@ -301,13 +335,13 @@ class Session:
         self.close()
         run_on_main(lambda: rundir.mark_done(self._run, summary))
         run_on_main(lambda: make_report(self._run))
-        run_on_main(stopping.remove_stop_file)  # it came too late
+        run_on_main(lambda: stopping.remove_stop_file(self._run))  # it came too late
         return run_on_main(lambda: summary)
 
     def close(self) -> None:
         """Closes what is still open. Not a collective: another rank may have failed."""
         self._bar.close()
-        self._loader.close()
+        self._batches.close()
         self._writer.shutdown()  # waits for a checkpoint that is being written
         self._tracker.close(failed=True)  # `stopped` and `finish` have closed it already
 
@@ -342,7 +376,7 @@ class Session:
             UserError: on every rank, if their samples are more than `data.max_skips`.
         """
         skipped, last = self.state.skipped, ""
-        for skip in itertools.chain.from_iterable(gather_objects(skips)):
+        for skip in reduce_objects(skips, lambda ranks: list(itertools.chain.from_iterable(ranks))):
             name = f"{skip.shard}, record {skip.record}"
             if name not in skipped:
                 skipped[name] = skip.samples

@@ -7,10 +7,13 @@ Imports nothing heavy: the handlers are installed before torch is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -19,10 +22,11 @@ from sgan_dist.parallel.launcher import STOP_SIGNALS, launcher_pid
 log = logging.getLogger(__name__)
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
+LOOK_SECONDS = 1.0  # how often one process of a node looks for files that ask it to stop
 EXIT_SECONDS = 30.0  # of a job's time, reserved for what follows the last step and its save
 
 _received: signal.Signals | None = None
-_stop_file: Path | None = None
+_file_reason: str | None = None  # what a file asks for
 _launcher_pid = launcher_pid(os.environ)
 _preempted_file = os.environ.get("SGAN_PREEMPTED")  # created by a batch script
 _end_time = float(os.environ.get("SLURM_JOB_END_TIME") or "inf")  # seconds since the epoch
@@ -47,10 +51,39 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     _received = _received or signal.Signals(number)
 
 
-def watch_stop_file(run: Path) -> None:
-    """Makes a file named STOP in `run` a request to stop."""
-    global _stop_file
-    _stop_file = run / "STOP"
+@contextlib.contextmanager
+def watching_files(run: Path) -> Iterator[None]:
+    """Makes a file named STOP in `run`, and that of the batch script, requests to stop.
+
+    One process of a node looks for them, in a thread, once every LOOK_SECONDS: a shared file system
+    would not bear more.
+    """
+    global _file_reason
+    _file_reason = None
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        yield
+        return
+    ended = threading.Event()
+
+    def look() -> None:
+        global _file_reason
+        if stopped_by_hand(run):
+            _file_reason = "a STOP file"
+        elif _preempted_file is not None and _exists(_preempted_file):
+            _file_reason = "the batch system"
+
+    def look_on() -> None:
+        while not ended.wait(LOOK_SECONDS):
+            look()
+
+    look()  # a file that is there already counts before the first step
+    thread = threading.Thread(target=look_on, name="stop files", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def set_save_time(save_seconds: float) -> None:
@@ -66,26 +99,27 @@ def stop_requested() -> str | None:
     """Returns the reason why this process should stop; None if it should not."""
     if _received is not None:
         return _received.name
-    if stopped_by_hand():
-        return "a STOP file"
+    if _file_reason is not None:
+        return _file_reason
     if _launcher_pid is not None and os.getppid() != _launcher_pid:
         return "the launcher's exit"
-    if _preempted_file is not None and os.path.exists(_preempted_file):  # noqa: PTH110 - every step
-        return "the batch system"
     if time.time() > _end_time - EXIT_SECONDS - 2 * _save_seconds:
         return "the job's time limit"
     return None
 
 
-def stopped_by_hand() -> bool:
+def stopped_by_hand(run: Path) -> bool:
     """Returns whether there is a STOP file, after which a batch script must not restart the run."""
-    return _stop_file is not None and _stop_file.exists()
+    return _exists(run / "STOP")
 
 
-def remove_stop_file() -> None:
+def _exists(path: str | Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - False where a file system fails for a moment
+
+
+def remove_stop_file(run: Path) -> None:
     """Removes the STOP file: the run has ended."""
-    if _stop_file is not None:
-        _stop_file.unlink(missing_ok=True)
+    (run / "STOP").unlink(missing_ok=True)
 
 
 def write_outcome(outcome: str) -> None:

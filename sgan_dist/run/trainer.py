@@ -39,11 +39,10 @@ def train(config: Config) -> dict[str, Any]:
     index = run_on_main(lambda: preflight.dataset(config))
     check_shares(index, config, backend.world_size)
     log.info(preflight.describe(config, index, backend))
-    stopping.watch_stop_file(config.directory)
     config = preflight.refuse_other_run(config, index)
     summary = run_on_main(lambda: rundir.finished(config))
     if summary is not None:
-        run_on_main(stopping.remove_stop_file)
+        run_on_main(lambda: stopping.remove_stop_file(config.directory))
         log.info(
             f"{config.directory} is done: {summary['step']} steps. To train again, remove it"
             f" (rm -r {config.directory}) or give another --run_dir; to extend it, give a larger"
@@ -53,6 +52,7 @@ def train(config: Config) -> dict[str, Any]:
     check_networks(config, index.image_hwc, len(index.class_names), backend)
     with contextlib.ExitStack() as stack:
         run_on_main(lambda: stack.enter_context(rundir.claim(config)))
+        stack.enter_context(stopping.watching_files(config.directory))
         try:
             session = stack.enter_context(contextlib.closing(Session(config, index, backend)))
             if _loop(session):
@@ -71,8 +71,8 @@ def _loop(session: Session) -> bool:
     config, state, due = session.config, session.state, session.due
     with Watchdog(config.machine.step_timeout) as watchdog:
         while state.step < config.train.steps:
-            batch, stop = session.next_batch()
-            if stop:
+            batch = session.next_batch()
+            if batch is None:
                 return True
             session.train_step(batch)  # D, then G, then the averaged D; counts state.step
             if due(config.machine.replica_check_every):

@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 
-from sgan_dist.parallel.collectives import limit_waits, rank
+from sgan_dist.parallel.agreement import limit_waits
+from sgan_dist.parallel.collectives import rank
 from sgan_dist.run import watcher
 
 STDERR = 2  # not sys.stderr: the thread that hangs may hold its lock

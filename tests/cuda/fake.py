@@ -194,7 +194,7 @@ def run(name: str, world_size: int, images: int) -> dict[str, Any]:
 
         def step(number: int) -> None:
             data = batch(config, number, world_size)
-            train_step(sgan, data, config, backend)
+            train_step(sgan, data, config, backend, {"stop": False, "damage": True})
 
         first = observe(start)
         step(0)  # makes the optimizers' moments

@@ -79,7 +79,8 @@ def train_poisoned(
                     before = digests(session)
                 last_rank = rank == world_size - 1
                 discriminator.poison = phase if step == STEP and last_rank else None
-                batch, _ = session.next_batch()
+                batch = session.next_batch()
+                assert batch is not None
                 session.train_step(batch)
             session.settle()
         except NonFiniteLoss as error:
