@@ -167,7 +167,7 @@ class MachineConfig:
     """Processes, precision and engines."""
 
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp64"] = "auto"
-    """of the networks; auto: bf16 if --mixed_precision says so, or on CUDA, else fp32"""
+    """of the networks; auto: see docs/backends.md"""
     world_size: PositiveInt | None = free(None)
     """number of processes that must take part; a start with another number is refused"""
     deepspeed: Place | None = free(None)

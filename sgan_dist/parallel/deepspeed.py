@@ -135,9 +135,11 @@ class DeepSpeedEngine(Engine):
 class DeepSpeedBackend(Backend):
     """The processes of this run, with a DeepSpeed engine for each network."""
 
-    def __init__(self, config: Config, zero: dict[str, Any]) -> None:
+    def __init__(
+        self, config: Config, zero: dict[str, Any], begun: launcher.Precision | None = None
+    ) -> None:
         """Joins the process group. `zero` is DeepSpeed's JSON, with its values "auto"."""
-        super().__init__(config)
+        super().__init__(config, begun)
         self.wrapper = f"DeepSpeed ZeRO stage {lookup(zero, 'zero_optimization.stage') or 0}"
         if lookup(zero, "zero_optimization.offload_optimizer.device") == "cpu":
             self.wrapper += " with the optimizer on the CPU"

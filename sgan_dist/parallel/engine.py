@@ -121,10 +121,11 @@ class Backend(ABC):
     wrapper: str
     """what the networks run in, for `describe`"""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, begun: launcher.Precision | None = None) -> None:
         leave_at_exit()  # also where joining the process group, or what follows, fails
-        setting = config.machine.precision
-        self.precision, self._reason = launcher.precision(setting, os.environ, hardware(os.environ))
+        self.precision, self._reason = launcher.precision(
+            config.machine.precision, os.environ, hardware(os.environ), begun
+        )
         # torch's default computes convolutions of fp32 in TF32, and matrix products in fp32
         torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
@@ -155,9 +156,9 @@ class Backend(ABC):
 
 
 def hardware(environ: Mapping[str, str]) -> str:
-    """What the networks run on, as far as it decides the precision: `CUDA` has bf16."""
+    """What the networks run on, as far as it decides the precision: CUDA and AMX are fast at bf16."""
     if not torch.cuda.is_available() or launcher.uses_cpu(environ):
-        return "CPU"
+        return "AMX" if torch.cpu._is_amx_tile_supported() else "CPU"
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return "CUDA" if has_bf16 else "GPU without bf16"
 

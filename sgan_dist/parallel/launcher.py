@@ -258,12 +258,16 @@ def without_local_rank(argv: Sequence[str], environ: Mapping[str, str]) -> list[
 
 
 def precision(
-    setting: Literal["auto"] | Precision, environ: Mapping[str, str], hardware: str
+    setting: Literal["auto"] | Precision,
+    environ: Mapping[str, str],
+    hardware: str,
+    begun: Precision | None = None,
 ) -> tuple[Precision, str]:
     """`machine.precision`, or what `auto` means here; and why, empty where the setting says it.
 
-    `auto` is the launcher's --mixed_precision bf16, or bf16 where `hardware` is CUDA, else fp32:
-    results then do not depend on the CPU. Accelerate exports "no" also where nobody chose it.
+    `auto` is the launcher's --mixed_precision bf16, else that of a run which is continued, `begun`:
+    any hardware can continue it. Else it is bf16 where `hardware` is CUDA or AMX, and fp32 elsewhere.
+    Accelerate exports "no" also where nobody chose it.
 
     Raises:
         UserError: the launcher's is not supported.
@@ -278,7 +282,9 @@ def precision(
             f"the launcher has --mixed_precision {mixed_precision}, which needs loss scaling, and that"
             " skips steps: use --mixed_precision bf16 or no, or set --machine.precision"
         )
-    return "bf16" if hardware == "CUDA" else "fp32", f"auto: {hardware}"
+    if begun is not None:
+        return begun, "auto: as the run began"
+    return "bf16" if hardware in ("CUDA", "AMX") else "fp32", f"auto: {hardware}"
 
 
 def refuse_silent_single_process(environ: Mapping[str, str]) -> None:

@@ -24,6 +24,7 @@ from sgan_dist.parallel.agreement import run_on_all, run_on_main
 from sgan_dist.parallel.backends import open_backend
 from sgan_dist.parallel.engine import Backend
 from sgan_dist.parallel.random import RANDOM_VERSION, share
+from sgan_dist.run import rundir
 
 WELL_MIXED = 1000  # samples of a shuffle window
 
@@ -38,7 +39,7 @@ def plan(config: Config) -> str:
     Raises:
         UserError: on every rank, if `train` would refuse the config.
     """
-    backend = open_backend(config)
+    backend = open_backend(config, rundir.begun_precision(config))
     config = with_precision(config, backend.precision)
     if must_prepare(config):
         return f"{config.data.root} does not exist: a run first prepares {config.data.source}"

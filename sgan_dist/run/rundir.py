@@ -20,11 +20,12 @@ import yaml
 from filelock import Timeout
 
 from sgan_dist import __version__
-from sgan_dist.config import Config, find_config, save
+from sgan_dist.config import Config, find_config, load, save
 from sgan_dist.data.remote.urls import is_remote
 from sgan_dist.errors import TransientError, UserError
 from sgan_dist.files import locked, write_whole
 from sgan_dist.parallel.engine import Backend
+from sgan_dist.parallel.launcher import Precision
 
 log = logging.getLogger(__name__)
 LOCK = ".lock"
@@ -45,6 +46,14 @@ def run_directory(argv: Sequence[str], default: str | None = None) -> Path | Non
         return Path(settings.get("run_dir") or f"runs/{settings['name']}").expanduser()
     except (argparse.ArgumentError, OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return None  # the error of `parse` says what is wrong
+
+
+def begun_precision(config: Config) -> Precision | None:
+    """Returns the precision of the run that `config` continues; None if it begins one."""
+    if not (config.directory / "latest").exists():
+        return None
+    begun = load(config.directory / "config.yaml").machine.precision
+    return None if begun == "auto" else begun
 
 
 @contextlib.contextmanager

@@ -134,9 +134,15 @@ def test_the_config_comes_before_the_launchers_precision() -> None:
     for environ in ({}, no):  # Accelerate always exports one
         for other in ("CPU", "GPU without bf16"):
             assert launcher.precision("auto", environ, other) == ("fp32", f"auto: {other}")
-        assert launcher.precision("auto", environ, "CUDA") == ("bf16", "auto: CUDA")
+        for fast in ("CUDA", "AMX"):
+            assert launcher.precision("auto", environ, fast) == ("bf16", f"auto: {fast}")
+        assert launcher.precision("auto", environ, "AMX", "fp32") == (
+            "fp32",
+            "auto: as the run began",
+        )
     assert launcher.precision("auto", bf16, "CPU") == ("bf16", "--mixed_precision")
-    assert launcher.precision("fp32", bf16, "CUDA") == ("fp32", "")
+    assert launcher.precision("auto", bf16, "CPU", "fp32") == ("bf16", "--mixed_precision")
+    assert launcher.precision("fp32", bf16, "CUDA", "bf16") == ("fp32", "")
     assert launcher.precision("bf16", fp16, "CPU") == ("bf16", "")
     for half in ("fp16", "fp8"):
         with pytest.raises(
@@ -176,7 +182,7 @@ def test_only_tf32_is_tf32(precision: str) -> None:
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            (*ACCELERATE, "--mixed_precision", "bf16", *PLAN),
+            (*ACCELERATE, "--mixed_precision", "bf16", *PLAN, "--machine.precision=auto"),
             {},
             "accelerate launch, no wrapper, 1 process on 1 node, cpu with 1 thread each, bf16",
             marks=pytest.mark.slow,
@@ -190,8 +196,7 @@ def test_only_tf32_is_tf32(precision: str) -> None:
         (
             (*ACCELERATE, "--multi_gpu", "--num_processes", "2", *PLAN),
             {"ACCELERATE_USE_CPU": "true"},
-            "accelerate launch, DDP, 2 processes on 1 node, cpu with 1 thread each, fp32 (auto: CPU);"
-            " a step is"
+            "accelerate launch, DDP, 2 processes on 1 node, cpu with 1 thread each, fp32; a step is"
             " 32 labeled + 64 unlabeled + 32 generated images, 16 + 32 + 16 a rank",
         ),
     ],
@@ -221,7 +226,8 @@ def test_a_users_accelerate_config_is_read(digits: Path, tmp_path: Path) -> None
     home = tmp_path / "home" / "accelerate"
     home.mkdir(parents=True)
     config = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nuse_cpu: true\n"
-    command = (*ACCELERATE, *PLAN, f"--data.root={digits}", f"--run_dir={tmp_path}/run")
+    options = f"--data.root={digits}", f"--run_dir={tmp_path}/run", "--machine.precision=auto"
+    command = (*ACCELERATE, *PLAN, *options)
     cases = (("bf16", 0, " bf16 (--mixed_precision);"), ("fp16", 2, "--mixed_precision fp16"))
     for precision, code, expected in cases:
         (home / "default_config.yaml").write_text(f"{config}mixed_precision: {precision}\n")

@@ -106,3 +106,18 @@ def test_logging_is_left_to_the_caller(digits: Path, tmp_path: Path) -> None:
     assert untouched
     assert any("a step is 12 labeled + 24 unlabeled + 12 generated" in line for line in messages)
     assert any(line.startswith("step 4/8 ") for line in messages)
+
+
+def test_a_run_keeps_the_precision_with_which_it_began(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    auto = "--machine.precision=auto"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train(small_config(digits, tmp_path, auto, "--train.steps=2"))
+    assert "bf16 (--mixed_precision)" in log.text
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    log.clear()
+    assert train(small_config(digits, tmp_path, auto, "--train.steps=3"))["step"] == 3
+    assert "bf16 (auto: as the run began)" in log.text
+    with pytest.raises(UserError, match="precision was 'bf16' and is now 'fp64'"):
+        train(small_config(digits, tmp_path, "--machine.precision=fp64", "--train.steps=3"))
