@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch launch/train.py
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: train mnist check test test-all test-slurm lint clean
+.PHONY: train mnist check test test-all test-slurm test-gpu lint clean
 
 # 100 labels of 5,000 digits: the semi-supervised GAN, then the same D on the labels alone.
 train: $(VENV)/.train
@@ -24,11 +24,11 @@ SOURCE := $(if $(IDX),--data.source=idx:$(IDX))
 
 # Format, lint, types, import contract, and the tests that start no process: about a minute.
 check: lint
-	$(PYTEST) -n 2 --dist loadfile -m "not process and not slow and not slurm"
+	$(PYTEST) -n 2 --dist loadfile -m "not process and not slow and not slurm and not gpu"
 
 # The above and the tests with real processes, but for those that take long.
 test: lint
-	$(PYTEST) -n 2 --dist loadfile -m "not slow and not slurm"
+	$(PYTEST) -n 2 --dist loadfile -m "not slow and not slurm and not gpu"
 
 # The rest: longer proofs.
 test-all: $(VENV)/.dev
@@ -37,6 +37,10 @@ test-all: $(VENV)/.dev
 # Jobs on a two-node cluster that is started here; needs root and, on Debian, what .ci/slurm installs.
 test-slurm: $(VENV)/.dev
 	$(PYTEST) -rs -m slurm tests/slurm
+
+# On a machine with a CUDA GPU and a torch with CUDA.
+test-gpu: $(VENV)/.dev
+	$(PYTEST) -m gpu tests/gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
