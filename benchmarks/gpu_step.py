@@ -21,7 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from sgan_dist.config import load_config
-from sgan_dist.data.batch import SemiSupervisedBatch
+from sgan_dist.data.loader import SemiSupervisedBatch
 from sgan_dist.run import trainer
 from sgan_dist.run.session import Session
 

@@ -17,8 +17,8 @@ import torch
 import torch.multiprocessing  # teaches multiprocessing to send tensors as shared memory
 
 from sgan_dist.config import Config
-from sgan_dist.data.batch import Skip
 from sgan_dist.data.index import DatasetIndex
+from sgan_dist.data.reader import Skip
 from sgan_dist.data.stream import Samples, WindowedStream, open_storage
 from sgan_dist.errors import UserError
 from sgan_dist.parallel.random import share

@@ -1,4 +1,4 @@
-"""This rank's slice of every global batch, from any step on: SemiSupervisedLoader.
+"""This rank's slice of every global batch, from any step on, and a thread that makes them ahead.
 
 What step s trains on is decided without knowing ranks or workers. Splits held in memory are served
 by this process; windowed ones by workers, if there are any, each of which owns some lanes.
@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -17,12 +20,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sgan_dist.config import Config
-from sgan_dist.data.batch import SemiSupervisedBatch, Skip
 from sgan_dist.data.index import DatasetIndex
 from sgan_dist.data.lanes import LaneStep, LaneWorkers, read_lanes, windowed_batches
+from sgan_dist.data.reader import Skip
 from sgan_dist.data.stream import FullStream, Samples, open_storage
 from sgan_dist.errors import UserError
+from sgan_dist.parallel.agreement import catch
 from sgan_dist.parallel.random import share
+
+AHEAD = 3  # batches, as far as memory is concerned
+KNOWN = 2  # of these, whose errors are known before training continues
+END_SECONDS = 3.0  # for which `close` waits for the batch that is being made
+
+
+@dataclass(frozen=True)
+class SemiSupervisedBatch:
+    """This rank's contiguous slice of the global batches of one step, on the CPU.
+
+    rows: which rows of the global batch these are, of each split that is trained on.
+    labeled: uint8 (b_l, H, W, C); labels: int64 (b_l,); unlabeled: uint8 (b_u, H, W, C), b_u = 0
+    without an unlabeled stream; ids: int64, a sample's number in its split. In pinned memory for a
+    GPU. skips: damaged records that this rank has not reported before.
+    """
+
+    step: int
+    rows: Mapping[str, range]
+    labeled: Tensor
+    labels: Tensor
+    unlabeled: Tensor
+    labeled_ids: Tensor
+    unlabeled_ids: Tensor
+    skips: tuple[Skip, ...] = ()
 
 
 class SemiSupervisedLoader:
@@ -128,6 +156,51 @@ class SemiSupervisedLoader:
         # by numpy, because torch would copy with all its threads, which wait for one another
         np.concatenate(arrays, out=joined.numpy())
         return joined
+
+
+class Prefetcher:
+    """The loader's batches of the steps [start, stop), made by a thread, at most AHEAD in advance.
+
+    Errors are UserErrors, or OSErrors as TransientErrors; what else goes wrong is raised by `take`.
+    """
+
+    def __init__(self, loader: SemiSupervisedLoader, start: int, stop: int) -> None:
+        self._loader = loader
+        self._batches = itertools.islice(loader.batches(start), stop - start)
+        self._thread = ThreadPoolExecutor(1, "loader")
+        self._made: deque[Future[tuple[SemiSupervisedBatch | None, UserError | None]]] = deque()
+        self._refill()
+
+    def first(self) -> tuple[SemiSupervisedBatch | None, UserError | None]:
+        """The next batch, which stays the next one, or the error that it met."""
+        return self._made[0].result()
+
+    def take(self) -> SemiSupervisedBatch:
+        """The next batch. Raises the error that it met."""
+        batch, error = self._made.popleft().result()
+        self._refill()
+        if error is not None:
+            raise error
+        assert batch is not None
+        return batch
+
+    def error(self) -> UserError | None:
+        """The error that the next batch has met, or one of the KNOWN next ones; waits for these."""
+        results = [future.result() for future in itertools.islice(self._made, KNOWN)]
+        return next((error for _, error in results if error is not None), None)
+
+    def close(self) -> None:
+        """Ends the thread, then the loader's workers. May be repeated."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        running = [future for future in self._made if not future.cancelled()]
+        if wait(running, END_SECONDS).not_done:
+            self._loader.kill()  # a worker for which the thread waits
+            wait(running)
+        self._loader.close()
+
+    def _refill(self) -> None:
+        while len(self._made) < AHEAD:
+            self._made.append(self._thread.submit(catch, lambda: next(self._batches, None)))
 
 
 def batch_rows(

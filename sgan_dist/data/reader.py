@@ -12,12 +12,11 @@ import itertools
 import math
 import tarfile
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sgan_dist.data.batch import Skip
 from sgan_dist.data.images import decode
 from sgan_dist.data.index import DatasetIndex, prepare_again
 from sgan_dist.data.order import Int64s, Piece
@@ -31,6 +30,15 @@ Bytes = NDArray[np.uint8]
 # where a packed record's images and labels begin in the tar, or why they cannot be read; or where
 # the records of a per-sample shard begin
 Places = list[tuple[int, int] | str] | Int64s
+
+
+class Skip(NamedTuple):
+    """A record that was already damaged when its shard was indexed: `samples` of it are left out."""
+
+    shard: str
+    record: int
+    samples: int
+    why: str
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from sgan_dist.config import Config
-from sgan_dist.data.batch import Skip
 from sgan_dist.data.index import DatasetIndex, SplitIndex
 from sgan_dist.data.order import BalancedOrder, FullOrder, Int64s, Piece, WindowedOrder
-from sgan_dist.data.reader import Buffer, Bytes, Cursor, Reader
+from sgan_dist.data.reader import Buffer, Bytes, Cursor, Reader, Skip
 from sgan_dist.data.remote.cache import Storage
 from sgan_dist.data.remote.urls import is_remote
 from sgan_dist.errors import UserError

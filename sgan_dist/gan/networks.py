@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sgan_dist.config import Config, EmaConfig
-from sgan_dist.data.batch import SemiSupervisedBatch
+from sgan_dist.data.loader import SemiSupervisedBatch
 from sgan_dist.errors import UserError
 from sgan_dist.gan import ema
 from sgan_dist.gan.brake import Brake

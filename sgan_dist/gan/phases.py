@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sgan_dist.config import Config
-from sgan_dist.data.batch import SemiSupervisedBatch
+from sgan_dist.data.loader import SemiSupervisedBatch
 from sgan_dist.gan import losses
 from sgan_dist.gan.augment import augment
 from sgan_dist.gan.models.base import DiscriminatorOutput

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sgan_dist.config import Config
-from sgan_dist.data.batch import SemiSupervisedBatch
+from sgan_dist.data.loader import SemiSupervisedBatch
 from sgan_dist.errors import NonFiniteLoss
 from sgan_dist.gan import losses
 from sgan_dist.gan.augment import augment

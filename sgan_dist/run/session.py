@@ -17,10 +17,9 @@ from tqdm import tqdm
 
 from sgan_dist import checkpoint
 from sgan_dist.config import Config
-from sgan_dist.data.batch import SemiSupervisedBatch, Skip
 from sgan_dist.data.index import DatasetIndex
-from sgan_dist.data.loader import SemiSupervisedLoader
-from sgan_dist.data.prefetch import Prefetcher
+from sgan_dist.data.loader import Prefetcher, SemiSupervisedBatch, SemiSupervisedLoader
+from sgan_dist.data.reader import Skip
 from sgan_dist.data.stream import open_storage
 from sgan_dist.errors import NonFiniteLoss, StopRequested, UserError
 from sgan_dist.evaluation.classifier import Classifier, save_classifier

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sgan_dist.config import Config, load_config
-from sgan_dist.data.batch import SemiSupervisedBatch
+from sgan_dist.data.loader import SemiSupervisedBatch
 from sgan_dist.gan.networks import assemble, build, initialize
 from sgan_dist.gan.steps import train_step
 from sgan_dist.parallel import random

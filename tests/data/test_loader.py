@@ -19,10 +19,14 @@ import torch
 from torch import Tensor
 
 from sgan_dist.config import Config
-from sgan_dist.data.batch import SemiSupervisedBatch
 from sgan_dist.data.index import DatasetIndex, load_index
 from sgan_dist.data.lanes import LaneWorkers
-from sgan_dist.data.loader import SemiSupervisedLoader, batch_rows, check_shares
+from sgan_dist.data.loader import (
+    SemiSupervisedBatch,
+    SemiSupervisedLoader,
+    batch_rows,
+    check_shares,
+)
 from sgan_dist.data.prepare.shards import prepare
 from sgan_dist.errors import UserError
 from tests.data.datasets import LAYOUTS, data_config, in_windowed_order, with_split

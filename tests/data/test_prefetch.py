@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from sgan_dist.data.index import load_index
-from sgan_dist.data.loader import SemiSupervisedLoader
-from sgan_dist.data.prefetch import AHEAD, KNOWN, Prefetcher
+from sgan_dist.data.loader import AHEAD, KNOWN, Prefetcher, SemiSupervisedLoader
 from sgan_dist.errors import TransientError, UserError
 from tests.data.datasets import data_config, in_windowed_order
 
@@ -108,4 +107,6 @@ def test_close_ends_a_wait_for_a_worker_that_hangs(digits: Path) -> None:
     while prefetcher._made[0].done():  # what the worker has sent already
         prefetcher.take()
     prefetcher.close()
-    assert not any(process.is_alive() for process in lanes.processes)
+    for process in lanes.processes:
+        process.join(10)  # it has been killed
+        assert not process.is_alive()
