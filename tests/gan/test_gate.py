@@ -172,9 +172,15 @@ def test_a_network_that_needs_images_is_refused_where_a_rank_has_none() -> None:
     backend.world_size = 8
     with pytest.raises(UserError, match=r"NeedsImages fails on a batch of 0 images .*give larger"):
         check_networks(config, HWC, 10, backend)
+
+
+@pytest.mark.slow
+def test_the_networks_of_this_package_need_no_images() -> None:
     for name in ("dcgan", "mlp", "tutorial", "conv_small"):
         generator = "dcgan" if name == "conv_small" else name
         pair = (f"--model.discriminator={name}", f"--model.generator={generator}")
         empty = ("--model.discriminator_args={}", "--model.generator_args={}")
         config = config_for(*pair, *empty, "--batch.fake=7")
+        backend = open_backend(config)
+        backend.world_size = 8
         check_networks(config, HWC, 10, backend)
