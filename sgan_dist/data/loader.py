@@ -28,7 +28,7 @@ from sgan_dist.errors import UserError
 from sgan_dist.parallel.agreement import catch
 from sgan_dist.parallel.random import share
 
-AHEAD = 3  # batches, as far as memory is concerned
+AHEAD = 3  # batches that are made in advance
 KNOWN = 2  # of these, whose errors are known before training continues
 END_SECONDS = 3.0  # for which `close` waits for the batch that is being made
 
@@ -159,9 +159,9 @@ class SemiSupervisedLoader:
 
 
 class Prefetcher:
-    """The loader's batches of the steps [start, stop), made by a thread, at most AHEAD in advance.
+    """The loader's batches of the steps [start, stop), made by a thread, AHEAD in advance.
 
-    Errors are UserErrors, or OSErrors as TransientErrors; what else goes wrong is raised by `take`.
+    Errors are UserErrors, or OSErrors as TransientErrors; other exceptions are raised as they are.
     """
 
     def __init__(self, loader: SemiSupervisedLoader, start: int, stop: int) -> None:

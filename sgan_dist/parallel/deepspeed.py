@@ -61,7 +61,9 @@ class DeepSpeedEngine(Engine):
 
     def backward(self, loss_share: Tensor) -> None:
         """Adds the gradient as it is: DeepSpeed is configured to sum over micro-batches and ranks."""
-        self._engine.backward(loss_share, scale_wrt_gas=False)
+        # A view: at stage 0 the hooks of the engine's own output would divide by the accumulation,
+        # before DeepSpeed's hook on the loss tells them that it is its own backward.
+        self._engine.backward(loss_share.view_as(loss_share), scale_wrt_gas=False)
 
     def clip_gradients(self) -> Tensor | None:
         """Under ZeRO, does nothing and returns None: `step` clips, and returns the norm."""

@@ -125,7 +125,10 @@ def fail_at(rank: int, config: Config, step: int) -> tuple[int, str]:
     return done, "no error"
 
 
-@pytest.mark.parametrize("step", [0, 1, 2, 7])
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 7],
+)
 def test_a_batch_that_one_rank_cannot_read_stops_all_before_it(
     step: int, digits: Path, tmp_path: Path
 ) -> None:
