@@ -100,7 +100,7 @@ class SemiSupervisedLoader:
         return (self._batch(step, next(lane_steps)) for step in itertools.count(start_step))
 
     def kill(self) -> None:
-        """Kills the workers, for which another thread waits in vain; `close` is still to be called."""
+        """Kills the workers, which ends a thread's wait for them; `close` is still to be called."""
         if isinstance(self._lanes, LaneWorkers):
             self._lanes.kill()
 

@@ -53,31 +53,25 @@ def train_step(
     Raises:
         NonFiniteLoss: under DeepSpeed, on every rank, before the update.
     """
+    step = Step.of(batch, config, backend)
     discriminator, brake = sgan.discriminator.network, sgan.brake
     generator_buffers = [] if sgan.generator is None else sgan.generator.network.buffers()
     with brake.protecting(generator_buffers):  # D's step makes images with G, too
         with brake.protecting([*discriminator.buffers(), sgan.mean_prediction]):
-            metrics = discriminator_step(sgan, batch, config, backend, flags)
+            metrics = discriminator_step(sgan, batch, step, flags)
         if sgan.generator is not None:
-            metrics += generator_step(sgan, batch, config, backend)
+            metrics += generator_step(sgan, batch, step)
     images = sum(config.batches.values())
     sgan.update_average((batch.step + 1) * images, images, config.ema)
     return metrics
 
 
 def discriminator_step(
-    sgan: SGAN,
-    batch: SemiSupervisedBatch,
-    config: Config,
-    backend: Backend,
-    flags: Mapping[str, bool],
+    sgan: SGAN, batch: SemiSupervisedBatch, step: Step, flags: Mapping[str, bool]
 ) -> Metrics:
     """Updates D on labeled, unlabeled and generated images; returns and raises as `train_step` does."""
-    engine, step, total = (
-        sgan.discriminator,
-        Step.of(batch, config, backend),
-        config.batch.accumulation,
-    )
+    engine, config, backend = sgan.discriminator, step.config, step.backend
+    total = config.batch.accumulation
     labels = batch.labels.to(backend.device, non_blocking=True)
     images = {"labeled": step.images(batch.labeled)}
     if "unlabeled" in config.batches:
@@ -108,11 +102,9 @@ def discriminator_step(
     return _update(engine, "d", values, config.optim.lr, step, sgan.brake)
 
 
-def generator_step(
-    sgan: SGAN, batch: SemiSupervisedBatch, config: Config, backend: Backend
-) -> Metrics:
+def generator_step(sgan: SGAN, batch: SemiSupervisedBatch, step: Step) -> Metrics:
     """Updates G against the updated, frozen D; raises as `train_step` does."""
-    engine, step = sgan.generator, Step.of(batch, config, backend)
+    engine, config = sgan.generator, step.config
     assert engine is not None
     real: list[MicroBatch] = []
     if config.loss.generator == "feature_matching":

@@ -15,10 +15,10 @@ from sgan_dist.parallel.deepspeed_config import requested
 from sgan_dist.parallel.engine import Backend
 
 
-def open_backend(config: Config, begun: launcher.Precision | None = None) -> Backend:
+def open_backend(config: Config, resumed: launcher.Precision | None = None) -> Backend:
     """Returns DeepSpeed's backend where the config or the launcher asks for it, else Accelerate's.
 
-    `begun` is the precision of a run that is continued, for `machine.precision` auto.
+    `resumed` is the precision of the run that is resumed, for `machine.precision` auto.
 
     Raises:
         UserError: the number of processes is not the requested one, or DeepSpeed is not installed.
@@ -28,11 +28,11 @@ def open_backend(config: Config, begun: launcher.Precision | None = None) -> Bac
     zero = requested(config.machine.deepspeed, os.environ)
     backend: Backend
     if zero is None:
-        backend = AccelerateBackend(config, begun)
+        backend = AccelerateBackend(config, resumed)
     else:
         from sgan_dist.parallel.deepspeed import DeepSpeedBackend  # imports an optional dependency
 
-        backend = DeepSpeedBackend(config, zero, begun)
+        backend = DeepSpeedBackend(config, zero, resumed)
     expected, error = config.machine.world_size, None
     if expected is not None and expected != backend.world_size:
         error = UserError(

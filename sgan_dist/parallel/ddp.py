@@ -70,8 +70,8 @@ class DDPEngine(Engine):
 class AccelerateBackend(Backend):
     """The processes of this run, as Accelerate finds them in the launcher's environment."""
 
-    def __init__(self, config: Config, begun: launcher.Precision | None = None) -> None:
-        super().__init__(config, begun)
+    def __init__(self, config: Config, resumed: launcher.Precision | None = None) -> None:
+        super().__init__(config, resumed)
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         # Buffers are global averages already, the same on every rank.
         options = DistributedDataParallelKwargs(broadcast_buffers=False)

@@ -62,7 +62,7 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss_share: Tensor) -> None:
         """Adds the gradient as it is: DeepSpeed is configured to sum over micro-batches and ranks."""
         # A view: at stage 0 the hooks of the engine's own output would divide by the accumulation,
-        # before DeepSpeed's hook on the loss tells them that it is its own backward.
+        # before DeepSpeed's hook on the loss marks the backward as its own.
         self._engine.backward(loss_share.view_as(loss_share), scale_wrt_gas=False)
 
     def clip_gradients(self) -> Tensor | None:
@@ -138,10 +138,10 @@ class DeepSpeedBackend(Backend):
     """The processes of this run, with a DeepSpeed engine for each network."""
 
     def __init__(
-        self, config: Config, zero: dict[str, Any], begun: launcher.Precision | None = None
+        self, config: Config, zero: dict[str, Any], resumed: launcher.Precision | None = None
     ) -> None:
         """Joins the process group. `zero` is DeepSpeed's JSON, with its values "auto"."""
-        super().__init__(config, begun)
+        super().__init__(config, resumed)
         self.wrapper = f"DeepSpeed ZeRO stage {lookup(zero, 'zero_optimization.stage') or 0}"
         if lookup(zero, "zero_optimization.offload_optimizer.device") == "cpu":
             self.wrapper += " with the optimizer on the CPU"

@@ -121,10 +121,10 @@ class Backend(ABC):
     wrapper: str
     """what the networks run in, for `describe`"""
 
-    def __init__(self, config: Config, begun: launcher.Precision | None = None) -> None:
+    def __init__(self, config: Config, resumed: launcher.Precision | None = None) -> None:
         leave_at_exit()  # also where joining the process group, or what follows, fails
         self.precision, self._reason = launcher.precision(
-            config.machine.precision, os.environ, hardware(os.environ), begun
+            config.machine.precision, os.environ, hardware(os.environ), resumed
         )
         # torch's default computes convolutions of fp32 in TF32, and matrix products in fp32
         torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"

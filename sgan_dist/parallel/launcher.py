@@ -261,11 +261,11 @@ def precision(
     setting: Literal["auto"] | Precision,
     environ: Mapping[str, str],
     hardware: str,
-    begun: Precision | None = None,
+    resumed: Precision | None = None,
 ) -> tuple[Precision, str]:
     """`machine.precision`, or what `auto` means here; and why, empty where the setting says it.
 
-    `auto` is the launcher's --mixed_precision bf16, else that of a run which is continued, `begun`:
+    `auto` is the launcher's --mixed_precision bf16, else that of the run which is resumed, `resumed`:
     any hardware can continue it. Else it is bf16 where `hardware` is CUDA or AMX, and fp32 elsewhere.
     Accelerate exports "no" also where nobody chose it.
 
@@ -282,8 +282,8 @@ def precision(
             f"the launcher has --mixed_precision {mixed_precision}, which needs loss scaling, and that"
             " skips steps: use --mixed_precision bf16 or no, or set --machine.precision"
         )
-    if begun is not None:
-        return begun, "auto: as the run began"
+    if resumed is not None:
+        return resumed, "auto: as the run began"
     return "bf16" if hardware in ("CUDA", "AMX") else "fp32", f"auto: {hardware}"
 
 

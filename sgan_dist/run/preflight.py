@@ -39,7 +39,7 @@ def plan(config: Config) -> str:
     Raises:
         UserError: on every rank, if `train` would refuse the config.
     """
-    backend = open_backend(config, rundir.begun_precision(config))
+    backend = open_backend(config, rundir.resumed_precision(config))
     config = with_precision(config, backend.precision)
     if must_prepare(config):
         return f"{config.data.root} does not exist: a run first prepares {config.data.source}"

@@ -48,12 +48,12 @@ def run_directory(argv: Sequence[str], default: str | None = None) -> Path | Non
         return None  # the error of `parse` says what is wrong
 
 
-def begun_precision(config: Config) -> Precision | None:
+def resumed_precision(config: Config) -> Precision | None:
     """Returns the precision of the run that `config` continues; None if it begins one."""
     if not (config.directory / "latest").exists():
         return None
-    begun = load(config.directory / "config.yaml").machine.precision
-    return None if begun == "auto" else begun
+    resumed = load(config.directory / "config.yaml").machine.precision
+    return None if resumed == "auto" else resumed
 
 
 @contextlib.contextmanager

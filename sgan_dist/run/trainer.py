@@ -34,7 +34,7 @@ def train(config: Config) -> dict[str, Any]:
         StopRequested: on every rank, after a checkpoint was saved.
         OutOfMemory: on this rank alone.
     """
-    backend = open_backend(config, rundir.begun_precision(config))
+    backend = open_backend(config, rundir.resumed_precision(config))
     config = preflight.with_precision(config, backend.precision)
     index = run_on_main(lambda: preflight.dataset(config))
     check_shares(index, config, backend.world_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,24 +71,34 @@ def test_the_loop_sends_no_message_and_looks_for_no_file(digits: Path, tmp_path:
     assert second == {}  # one process of a node looks
 
 
-def stop_at(rank: int, config: Config, step: int) -> tuple[int, str]:
-    """Rank 1 alone is asked to stop, while it makes a step."""
-    steps = 0
-    original = Session.train_step
+def train_and_count(
+    config: Config, before: Callable[[int], None] = lambda _: None
+) -> tuple[int, str]:
+    """The steps that a run has done, and how it ended; calls `before` with the number of each."""
+    done, original = 0, Session.train_step
 
     def train_step(self: Session, batch: Any) -> None:
-        nonlocal steps
-        if rank == 1 and batch.step == step:
-            stopping._file_reason = "a test"
+        nonlocal done
+        before(batch.step)
         original(self, batch)
-        steps = self.state.step
+        done = self.state.step
 
     Session.train_step = train_step  # type: ignore[method-assign]
     try:
         train(config)
-    except StopRequested as error:
-        return steps, str(error)
-    return steps, "not stopped"
+    except (StopRequested, UserError) as error:
+        return done, str(error)
+    return done, "no error"
+
+
+def stop_at(rank: int, config: Config, step: int) -> tuple[int, str]:
+    """Rank 1 alone is asked to stop, while it makes a step."""
+
+    def ask(number: int) -> None:
+        if rank == 1 and number == step:
+            stopping._file_reason = "a test"
+
+    return train_and_count(config, ask)
 
 
 @pytest.mark.parametrize("log_every", [1, 50])
@@ -103,26 +114,15 @@ def test_ranks_stop_after_the_same_step(log_every: int, digits: Path, tmp_path: 
 
 def fail_at(rank: int, config: Config, step: int) -> tuple[int, str]:
     """Rank 1 alone cannot read its part of the batch of a step."""
-    done = 0
-    take, original = FullStream.take, Session.train_step
+    take = FullStream.take
 
     def broken_take(self: FullStream, at: int, start: int, stop: int) -> Any:
         if rank == 1 and at == step:
             raise UserError(f"cannot read the batch of step {at}")
         return take(self, at, start, stop)
 
-    def train_step(self: Session, batch: Any) -> None:
-        nonlocal done
-        original(self, batch)
-        done = self.state.step
-
     FullStream.take = broken_take  # type: ignore[method-assign, assignment]
-    Session.train_step = train_step  # type: ignore[method-assign]
-    try:
-        train(config)
-    except UserError as error:
-        return done, str(error)
-    return done, "no error"
+    return train_and_count(config)
 
 
 @pytest.mark.parametrize(
