@@ -20,7 +20,10 @@ from webdataset.writer import TarWriter
 
 from sgan_dist.data.prepare.foreign import index_shards
 from sgan_dist.data.prepare.shards import prepare
-from sgan_dist.data.prepare.sources import DIGITS, Source, load_source
+from sgan_dist.data.prepare.sources import load_source
+from sgan_dist.data.prepare.sources.known import DIGITS
+from sgan_dist.data.prepare.sources.source import Source, array_part
+from sgan_dist.data.prepare.splits import Labels
 
 Bytes = NDArray[np.uint8]
 
@@ -53,7 +56,7 @@ def draw(kind: Kind) -> Bytes:
     """Returns the images of a kind, always the same: repeated digits, or crops of real photos."""
     count = max(kind.packed, kind.encoded) + HELD_OUT
     if kind.shape[2] == 1:
-        digits = load_source("digits").train_images
+        digits = load_source("digits").train.array
         return np.resize(digits, (count, *kind.shape))
     random = np.random.default_rng(0)
     scenes = _photos(kind.shape[0])
@@ -121,12 +124,21 @@ def _once(out: Path, write: Callable[[Path], object]) -> None:
 
 def _prepare(out: Path, images: Bytes, layout: str, order: str) -> None:
     labels = np.arange(len(images)) % len(DIGITS)
-    held = images[:HELD_OUT], labels[:HELD_OUT]
-    source = Source(images, labels, *held, class_names=DIGITS, name="benchmark")
+    train, test = array_part(images, labels), array_part(images[:HELD_OUT], labels[:HELD_OUT])
+    source = Source(DIGITS, train, test, name="benchmark")
     samples = None if layout == "packed" else (len(images) - HELD_OUT) // SHARDS
     # the images are in memory, and no source name stands for them
     with mock.patch("sgan_dist.data.prepare.shards.load_source", return_value=source):
-        prepare("benchmark", out, 1, 0, HELD_OUT, layout, order, samples, progress=False)
+        prepare(
+            "benchmark",
+            out,
+            Labels(1),
+            HELD_OUT,
+            layout=layout,
+            order=order,
+            samples_per_shard=samples,
+            progress=False,
+        )
 
 
 def _write_jpegs(out: Path, images: Bytes) -> None:

@@ -25,9 +25,9 @@ args = parser.parse_args()
 torch.manual_seed(0)
 BATCH, LATENT = 64, 100
 digits = load_source("digits")  # 5,000 MNIST digits, 500 of each class
-order = torch.randperm(len(digits.train_labels))
-images = torch.from_numpy(digits.train_images).flatten(1)[order] / 127.5 - 1  # (5000, 784)
-classes = torch.from_numpy(digits.train_labels)[order]
+order = torch.randperm(len(digits.train.labels))
+images = torch.from_numpy(digits.train.array).flatten(1)[order] / 127.5 - 1  # (5000, 784)
+classes = torch.from_numpy(digits.train.labels)[order]
 test_x, test_y, images, classes = images[:1000], classes[:1000], images[1000:], classes[1000:]
 labeled = torch.cat([(classes == c).nonzero()[:10, 0] for c in range(10)])  # 10 of each class
 

@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     from sgan_dist.data.index import DatasetIndex
 
 DEFAULT_CONFIG = "digits"
+SOURCES = (
+    "digits, mnist, fashion-mnist, or KIND:PLACE, such as folder:photos; kinds are folder, csv, jsonl,"
+    " parquet, arrow, hub, npz, idx, cifar, svhn, stl10"
+)
 INTERRUPTED = {
-    "prepare": "interrupted; no partial dataset was left",
+    "prepare": "interrupted; the same command continues, and no partial dataset was left",
     "index": "interrupted; the same command continues where this one stopped",
 }
 
@@ -129,10 +133,25 @@ def _config(argv: Sequence[str], command: str) -> Config:
     return parse(argv, DEFAULT_CONFIG, prog=f"sgan-dist {command}", epilog=epilog)
 
 
-def _prepare(source: str, out: Path, **request: Any) -> None:
+def _prepare(
+    source: str,
+    out: Path,
+    labels_per_class: int | None,
+    label_fraction: float | None,
+    label_list: Path | None,
+    label_seed: int,
+    image_column: str | None,
+    label_column: str | None,
+    fold: int | None,
+    **request: Any,
+) -> None:
     from sgan_dist.data.prepare.shards import prepare
+    from sgan_dist.data.prepare.sources.source import Columns
+    from sgan_dist.data.prepare.splits import Labels
 
-    _print_index(prepare(source, out, **request), out)
+    labels = Labels(labels_per_class, label_fraction, label_list, label_seed)
+    columns = Columns(image_column, label_column, fold)
+    _print_index(prepare(source, out, labels, columns=columns, **request), out)
 
 
 def _index(out: Path, tries: int, read_timeout: float, **request: Any) -> None:
@@ -192,6 +211,15 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def _size(text: str) -> tuple[int, int]:
+    """Height and width, of `64` or `48x64`."""
+    height, _, width = text.partition("x")
+    size = int(height), int(width or height)
+    if min(size) < 1:
+        raise ValueError
+    return size
+
+
 def _slurm(out: Path) -> None:
     """Copies the batch scripts, whose texts name each other by their path from the project's folder."""
     templates = Path(__file__).parent / "launch"
@@ -248,11 +276,33 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--source", required=True, help="digits, mnist, fashion-mnist, or idx:FOLDER")
+    parser.epilog = (
+        "Labels: without an option, all there are if some images have none, else 10 of each class."
+    )
+    add("--source", required=True, help=SOURCES)
     add("--out", type=_path, required=True, help="the folder to create")
-    add("--labels_per_class", type=int, default=10, help="labeled images per class (default: 10)")
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument("--labels_per_class", type=int, help="labeled images per class (see below)")
+    labels.add_argument("--label_fraction", type=float, help="or: this part of the labels, up to 1")
+    labels.add_argument(
+        "--label_list", type=_path, metavar="FILE", help="or: NAME or NAME,LABEL lines"
+    )
     add("--label_seed", type=int, default=0, help="selects the labeled images (default: 0)")
-    add("--validation", type=int, help="images held out (default: 500 of digits, else 5000)")
+    add("--validation", type=int, help="images held out (default: a part of the labeled ones)")
+    add("--test", metavar="SOURCE", help="test images, if the source has none (default: a fifth)")
+    add("--unlabeled", metavar="SOURCE", help="further images to train on, without their labels")
+    add(
+        "--image_size",
+        type=_size,
+        metavar="N|HxW",
+        help="the size of all images (default: as it is)",
+    )
+    add("--resize", choices=("shorter", "exact"), default="shorter", help="how they get it")
+    add("--gray", action="store_true", help="with --image_size: one channel")
+    add("--image_column", help="of tables: where the images are")
+    add("--label_column", help="of tables: where the labels are")
+    add("--fold", type=int, help="of STL-10: the 1,000 images that may be labeled, 0 to 9")
+    add("--jobs", type=int, help="processes (default: one per core)")
     add("--layout", choices=("packed", "per-sample"), help="default: packed up to 64 pixels")
     add("--order", choices=("auto", "full", "windowed"), default="auto", help="of unlabeled")
     add("--samples_per_shard", type=int, help="default: 8192, fewer for large images")

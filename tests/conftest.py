@@ -12,6 +12,7 @@ import pytest
 
 from sgan_dist.config import Config, parse
 from sgan_dist.data.prepare.shards import prepare
+from sgan_dist.data.prepare.splits import Labels
 
 TESTS = Path(__file__).parent
 PROCESS_ROOMS = ("distributed", "e2e", "slurm")  # all their tests start processes
@@ -70,7 +71,7 @@ sys.addaudithook(_audit)
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded digits as `make train` prepares them: packed, held in memory."""
     out = tmp_path_factory.mktemp("data") / "digits"
-    prepare("digits", str(out), labels_per_class=10, label_seed=0, progress=False)
+    prepare("digits", str(out), labels=Labels(10), progress=False)
     return out
 
 
@@ -81,8 +82,7 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare(
         "digits",
         str(out),
-        labels_per_class=30,
-        label_seed=0,
+        labels=Labels(30),
         order="windowed",
         samples_per_shard=512,
         progress=False,

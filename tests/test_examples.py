@@ -50,7 +50,7 @@ def test_use_classifier_names_the_class_of_each_file(
     trained: tuple[Path, str], tmp_path: Path
 ) -> None:
     small, large = tmp_path / "small.png", tmp_path / "large.png"
-    digit = Image.fromarray(load_source("digits").train_images[0, :, :, 0])
+    digit = Image.fromarray(load_source("digits").train.array[0, :, :, 0])
     digit.save(small)
     digit.convert("RGB").resize((100, 100)).save(large)
     classifier = trained[0] / "classifier.safetensors"
@@ -70,7 +70,7 @@ def test_own_images_become_tars_and_a_classifier(tmp_path: Path) -> None:
     source = load_source("digits")
     folder = tmp_path / "photos"
     for number, (image, label) in enumerate(
-        zip(source.train_images[::10], source.train_labels[::10], strict=True)
+        zip(source.train.array[::10], source.train.labels[::10], strict=True)
     ):
         part = "unlabeled" if number % 3 else f"digit-{label}"
         (folder / part).mkdir(parents=True, exist_ok=True)

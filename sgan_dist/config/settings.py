@@ -35,13 +35,13 @@ class DataConfig:
     root: Place = free("data/digits")
     """folder or URL of a prepared dataset (index.json beside labeled/ unlabeled/ validation/ test/)"""
     source: str | None = free(None, compare=True)
-    """what to prepare in `root` if that does not exist: digits, mnist, fashion-mnist, or idx:DIR"""
+    """what to prepare in `root` if that does not exist: digits, mnist, folder:DIR, ..., as `prepare`"""
     labels_per_class: PositiveInt = free(10, compare=True)  # the dataset's fingerprint covers it
     """labeled images per class, when `source` is prepared"""
     label_seed: int = free(0)
     """decides which images are labeled, when `source` is prepared"""
     validation: PositiveInt | None = free(None, compare=True)
-    """validation images, when `source` is prepared; null: 1/10 of digits, 5000 of the others"""
+    """validation images, when `source` is prepared; null: a twelfth of the images, at most 5000"""
     max_skips: NonNegativeInt = free(100)
     """stop the run once more than this many training images are damaged"""
 

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from sgan_dist.config import RemoteConfig
+from sgan_dist.data.images import Resize
 from sgan_dist.data.order import ORDER_VERSION
 from sgan_dist.data.remote.transfer import read
 from sgan_dist.data.remote.urls import is_remote, join, redact_url
@@ -26,6 +27,7 @@ SPLITS = ("labeled", "unlabeled", "validation", "test")
 LAYOUTS = ("packed", "per-sample")
 ORDERS = ("full", "windowed")
 DEFAULT = RemoteConfig()
+KNOWN_LABELS = "unlabeled/known_labels.npy"  # training never reads it
 FULL_ORDER_BYTES = 2**30  # a split of at most this decoded size is held in memory
 
 
@@ -61,8 +63,9 @@ class SplitIndex:
 class DatasetIndex:
     """What a dataset holds. `request` describes in words what it was prepared from.
 
-    `label` is the place of the class in a per-sample record: `cls`, or `json:KEY`. With `resize`,
-    images of another size are scaled and center-cropped to `image_hwc`; without, they are damaged.
+    `label` is the place of the class in a per-sample record: `cls`, or `json:KEY`. `resize` says how
+    images of another size become `image_hwc`, see `images.fit`; with `none` they are damaged.
+    `decode_version` is that of the rules by which per-sample images are decoded.
     """
 
     labeled: SplitIndex
@@ -72,13 +75,14 @@ class DatasetIndex:
     image_hwc: tuple[int, int, int]
     class_names: tuple[str, ...]
     label: str
-    resize: bool
+    resize: Resize
     source: str
     request: str
     label_seed: int
     labels_per_class: int
     order_version: int
     fingerprint: str
+    decode_version: int = 1
 
     def split(self, name: str) -> SplitIndex:
         """Returns the split of that name, one of SPLITS."""
@@ -100,8 +104,12 @@ def fingerprint(index: DatasetIndex) -> str:
         }
         for name in SPLITS
     }
-    images = [index.image_hwc, index.class_names, index.label, index.resize]
-    content = [index.order_version, *images, splits]
+    # as 0.1.0 wrote them, whose fingerprints stay valid
+    resize = {"none": False, "shorter": True}.get(index.resize, index.resize)
+    images = [index.image_hwc, index.class_names, index.label, resize]
+    content: list[Any] = [index.order_version, *images, splits]
+    if index.decode_version != 1:
+        content.append(index.decode_version)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -188,6 +196,8 @@ def _read_local(path: str) -> bytes | None:
 def _from_json(content: dict[str, Any]) -> DatasetIndex:
     if "image_shape" in content:  # the key before it was renamed
         content["image_hwc"] = content.pop("image_shape")
+    if isinstance(content.get("resize"), bool):  # of 0.1.0
+        content["resize"] = "shorter" if content["resize"] else "none"
     try:
         index = TypeAdapter(DatasetIndex).validate_python(content)
     except ValidationError as errors:

@@ -64,7 +64,7 @@ class Reader:
         self.labeled = split != "unlabeled"
         self.packed = self.split.layout == "packed"
         self.label = index.label
-        self._resize = index.resize
+        self._resize, self._decode_version = index.resize, index.decode_version
         self._classes = len(index.class_names)
         self._skips: dict[tuple[int, int], Skip] = {}
         # a sample's id is its shard's first id plus its place in the shard
@@ -87,7 +87,7 @@ class Reader:
     def decode(self, image: bytes, id: int) -> Bytes | None:
         """Returns the pixels of an encoded image; None if it is damaged, which is a skip."""
         try:
-            return decode(image, self.image_hwc, self._resize)
+            return decode(image, self.image_hwc, self._resize, self._decode_version)
         except ValueError as error:
             self.skip(id, error)
             return None

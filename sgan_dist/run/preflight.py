@@ -15,6 +15,7 @@ from sgan_dist.data.loader import batch_rows, check_shares
 from sgan_dist.data.order import WindowedOrder, lane_cut, lane_length
 from sgan_dist.data.prepare.shards import prepare
 from sgan_dist.data.prepare.sources import source_name
+from sgan_dist.data.prepare.splits import Labels
 from sgan_dist.data.remote.urls import is_remote
 from sgan_dist.data.stream import window_samples
 from sgan_dist.errors import UserError, plural
@@ -110,7 +111,8 @@ def dataset(config: Config) -> DatasetIndex:
     data = config.data
     if data.source is not None and must_prepare(config):
         log.info(f"preparing {data.source} in {data.root}")
-        prepare(data.source, data.root, data.labels_per_class, data.label_seed, data.validation)
+        labels = Labels(data.labels_per_class, seed=data.label_seed)
+        prepare(data.source, data.root, labels, data.validation)
     index = load_index(data.root, config.remote)
     if data.source is None:
         return index

@@ -61,13 +61,14 @@ def test_fingerprints_are_pinned() -> None:
         image_hwc=(28, 28, 1),
         class_names=("a", "b"),
         label="cls",
-        resize=False,
+        resize="none",
         source="any",
         request="any",
         label_seed=0,
         labels_per_class=5,
         order_version=2,
         fingerprint="",
+        decode_version=1,
     )
     assert fingerprint(index) == "15bcd7b63042d8387bdad02ee6c2437e50a25f38319d98b9c4261355e979358a"
 

@@ -61,13 +61,14 @@ def index_of(**splits: SplitIndex) -> DatasetIndex:
             image_hwc=(28, 28, 1),
             class_names=tuple("0123456789"),
             label="cls",
-            resize=False,
+            resize="none",
             source="none",
             request="an index without data",
             label_seed=0,
             labels_per_class=100,
             order_version=ordering.ORDER_VERSION,
             fingerprint="",
+            decode_version=1,
         )
     )
 

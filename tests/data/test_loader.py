@@ -28,6 +28,7 @@ from sgan_dist.data.loader import (
     check_shares,
 )
 from sgan_dist.data.prepare.shards import prepare
+from sgan_dist.data.prepare.splits import Labels
 from sgan_dist.errors import UserError
 from tests.data.datasets import LAYOUTS, data_config, in_windowed_order, with_split
 
@@ -58,7 +59,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         prepare(
             "digits",
             folders[layout],
-            labels_per_class=2,
+            labels=Labels(2),
             validation=3200,
             layout=layout,
             samples_per_shard=300,

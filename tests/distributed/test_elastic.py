@@ -22,6 +22,7 @@ from sgan_dist.data.loader import SemiSupervisedLoader
 from sgan_dist.data.order import WindowedOrder
 from sgan_dist.data.prepare import shards
 from sgan_dist.data.prepare.shards import prepare
+from sgan_dist.data.prepare.splits import Labels
 from sgan_dist.data.stream import window_samples
 from tests.conftest import small_config
 from tests.data.datasets import LAYOUTS, data_config, in_windowed_order
@@ -72,7 +73,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             prepare(
                 "digits",
                 folders[layout],
-                labels_per_class=50,
+                labels=Labels(50),
                 validation=2987,  # which leaves 1,013 images to train on
                 layout=layout,
                 samples_per_shard=130,

@@ -25,6 +25,7 @@ from sgan_dist.data.index import DatasetIndex, load_index, save, with_fingerprin
 from sgan_dist.data.prepare import shards
 from sgan_dist.data.prepare.shards import prepare
 from sgan_dist.data.prepare.sources import load_source
+from sgan_dist.data.prepare.splits import Labels
 from sgan_dist.data.remote import transfer
 from tests.data.datasets import LAYOUTS, rewrite_shard, tar_files
 from tests.distributed.runs import (
@@ -64,11 +65,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """layout -> a few large digits in many small shards; the unlabeled ones are windowed."""
     digits = load_source("digits")
     source = tmp_path_factory.mktemp("idx")
-    order = np.random.default_rng(0).permutation(len(digits.train_images))
+    order = np.random.default_rng(0).permutation(len(digits.train.array))
     parts = {"train": order[: TRAIN + 40], "t10k": order[TRAIN + 40 : TRAIN + 100]}
     for part, rows in parts.items():
-        images = np.kron(digits.train_images[rows, :, :, 0], np.ones((1, 3, 3), np.uint8))
-        for name, array in (("images-idx3", images), ("labels-idx1", digits.train_labels[rows])):
+        images = np.kron(digits.train.array[rows, :, :, 0], np.ones((1, 3, 3), np.uint8))
+        for name, array in (("images-idx3", images), ("labels-idx1", digits.train.labels[rows])):
             header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
             (source / f"{part}-{name}-ubyte").write_bytes(header + array.astype("u1").tobytes())
     folders = {}
@@ -79,7 +80,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             prepare(
                 f"idx:{source}",
                 folders[layout],
-                labels_per_class=6,
+                labels=Labels(6),
                 validation=40,
                 layout=layout,
                 order="windowed",

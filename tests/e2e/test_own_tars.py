@@ -24,14 +24,14 @@ def write(path: Path, first: int, count: int, labeled: bool) -> None:
     source = load_source("digits")
     with TarWriter(str(path), encoder=False) as tar:
         for number in range(first, first + count):
-            picture = Image.fromarray(source.train_images[number * 421 % 5000, ..., 0])
+            picture = Image.fromarray(source.train.array[number * 421 % 5000, ..., 0])
             size = (40 + number % 5, 36 + number % 3)
             buffer = io.BytesIO()
             picture.resize(size).save(buffer, format="JPEG", quality=90)
             data = buffer.getvalue()
             if not labeled and number % 50 == 7:
                 data = data[: len(data) // 2]
-            label = {"cls": str(source.train_labels[number * 421 % 5000]).encode()}
+            label = {"cls": str(source.train.labels[number * 421 % 5000]).encode()}
             other = {"json": b'{"caption": "a digit"}', "txt": b"a digit"}
             tar.write({"__key__": f"{number:08d}", "jpg": data, **(label if labeled else other)})
 

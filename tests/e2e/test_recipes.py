@@ -11,6 +11,7 @@ import pytest
 
 from sgan_dist.config import parse
 from sgan_dist.data.prepare.shards import prepare
+from sgan_dist.data.prepare.splits import Labels
 from tests.ranks import REPOSITORY, run
 
 pytestmark = pytest.mark.process
@@ -32,7 +33,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], P
         source = source if "SGAN_DATA" in os.environ else "digits"
         out = folder / f"{source}-{labels}"
         if not out.exists():
-            prepare(source, str(out), labels_per_class=labels, label_seed=0, progress=False)
+            prepare(source, str(out), labels=Labels(labels), progress=False)
         return out
 
     return make

@@ -17,6 +17,7 @@ from sgan_dist.config import Config, parse
 from sgan_dist.data.index import Shard, load_index, save, with_fingerprint
 from sgan_dist.data.prepare import shards
 from sgan_dist.data.prepare.shards import prepare
+from sgan_dist.data.prepare.splits import Labels
 from sgan_dist.data.remote.cache import Storage
 from sgan_dist.data.stream import FullStream, WindowedStream
 from sgan_dist.parallel.backends import open_backend
@@ -41,7 +42,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             index = prepare(
                 "digits",
                 folders[layout],
-                labels_per_class=30,
+                labels=Labels(30),
                 validation=4000 - TRAIN,
                 layout=layout,
                 order="windowed",

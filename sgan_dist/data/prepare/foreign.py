@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sgan_dist.config import RemoteConfig
+from sgan_dist.data.images import DECODE_VERSION
 from sgan_dist.data.index import (
     DEFAULT,
     ORDERS,
@@ -115,13 +116,14 @@ def index_shards(
                 image_hwc=image_hwc,
                 class_names=names or tuple(map(str, range(len(histograms["labeled"])))),
                 label=label,
-                resize=image_size is not None,
+                resize="none" if image_size is None else "shorter",
                 source="tars",
                 request=request,
                 label_seed=0,
                 labels_per_class=0,
                 order_version=ORDER_VERSION,
                 fingerprint="",
+                decode_version=DECODE_VERSION,
             )
         )
         _finish(out, index, scans)

@@ -6,21 +6,15 @@ those that do not depend on them.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import logging
-import multiprocessing
-import os
-import signal
-import threading
 from collections import Counter
-from collections.abc import Generator, Mapping
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +24,7 @@ from sgan_dist.config import RemoteConfig
 from sgan_dist.data.images import header
 from sgan_dist.data.order import Int64s
 from sgan_dist.data.prepare.folder import npy_bytes
+from sgan_dist.data.prepare.processes import map_in_processes
 from sgan_dist.data.records import BLOCK, image_of, label_of, records
 from sgan_dist.data.remote.transfer import Missing, fetch
 from sgan_dist.data.remote.urls import is_remote
@@ -109,11 +104,12 @@ def scan_all(
         log.info(f"{len(scans)} of {len(jobs)} shards were scanned before")
     missing = [job for job in jobs if job not in scans]
     broken: dict[ScanJob, str] = {}
+    work = functools.partial(_scan, out=out, remote=remote)
     with (
         tqdm(
             total=len(jobs), initial=len(scans), unit=" shards", disable=None if progress else True
         ) as bar,
-        contextlib.closing(_in_processes(missing, out, remote, processes)) as results,
+        contextlib.closing(map_in_processes(work, missing, processes)) as results,
     ):
         for job, result in results:
             bar.update(1)
@@ -156,46 +152,6 @@ def scan_warnings(scans: Scans) -> list[str]:
 def describe_record(job: ScanJob, key: str) -> str:
     """Returns a record's name for messages."""
     return f"{job.split} shard {job.location}, record {key}"
-
-
-def _in_processes(
-    jobs: list[ScanJob], out: Path, remote: RemoteConfig, processes: int | None
-) -> Generator[tuple[ScanJob, ShardScan | str]]:
-    """Scans in several processes, which end with this one, however it ends."""
-    if not jobs:
-        return
-    count = min(processes or len(os.sched_getaffinity(0)), len(jobs))
-    context = multiprocessing.get_context("spawn")  # fsspec runs a thread, which a fork loses
-    lifeline, own_end = context.Pipe(duplex=False)
-    executor = concurrent.futures.ProcessPoolExecutor(count, context, _end_with, (lifeline,))
-    try:
-        # own_end is closed first: after an error, shards that are being scanned are not waited for
-        with lifeline, executor, own_end:
-            # Ctrl-C waits, and not for the new processes: a terminal sends it to them too, and one
-            # that is still importing would print a traceback
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                futures = {executor.submit(_scan, job, out, remote): job for job in jobs}
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            for future in concurrent.futures.as_completed(futures):
-                yield futures.pop(future), future.result()
-    except BrokenProcessPool:
-        fewer = f" with fewer --jobs than {count}" if count > 1 else ""
-        raise UserError(
-            "a scanning process was killed, probably out of memory: run the same command again"
-            f"{fewer}; the shards that were scanned are kept"
-        ) from None
-
-
-def _end_with(lifeline: Connection) -> None:
-    """Ends this process when the parent closes the pipe, however it dies."""
-
-    def watch() -> None:
-        wait([lifeline])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _scan(job: ScanJob, out: Path, remote: RemoteConfig) -> ShardScan | str:

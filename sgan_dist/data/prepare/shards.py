@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import logging
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 from webdataset.writer import TarWriter
 
+from sgan_dist.data.images import DECODE_VERSION, Resize
 from sgan_dist.data.index import (
+    KNOWN_LABELS,
     LAYOUTS,
     ORDERS,
     SPLITS,
@@ -31,16 +35,30 @@ from sgan_dist.data.index import (
     save,
     with_fingerprint,
 )
-from sgan_dist.data.order import ORDER_VERSION, Int64s, permutation
+from sgan_dist.data.order import ORDER_VERSION, Int64s
+from sgan_dist.data.prepare.decoding import (
+    PixelRules,
+    Pool,
+    decoded,
+    must_decode,
+    pixel_rules,
+    pools_of_arrays,
+)
 from sgan_dist.data.prepare.folder import dataset_folder, npy_bytes
-from sgan_dist.data.prepare.sources import Bytes, Source, load_source
-from sgan_dist.errors import UserError
+from sgan_dist.data.prepare.processes import map_in_processes
+from sgan_dist.data.prepare.sources import content_hash, load_source, with_parts
+from sgan_dist.data.prepare.sources.source import Bytes, Columns
+from sgan_dist.data.prepare.splits import Labels, Rows, held_out, split
+from sgan_dist.errors import UserError, plural
 from sgan_dist.files import flush_folder, write_whole
 
 PACKED_BLOCK = 256  # samples in a packed record
 PACKED_PIXELS = 64  # images up to this side are packed by default
 SHARD_SAMPLES = 8192
 SHARD_BYTES = 64 * 2**20  # default maximum of a shard's decoded size, for large images
+SKIPPED = "skipped.tsv"  # part, name and reason of each image that could not be decoded
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,91 +68,123 @@ class _Format:
     samples_per_shard: int
 
 
-@dataclass(frozen=True)
-class _SplitArrays:
-    """One split in memory: images uint8 (n, H, W, C), labels int64 (n,) or None."""
-
-    images: Bytes
-    labels: Int64s | None
-
-
 def prepare(
     source_spec: str,
     out: str | os.PathLike[str],
-    labels_per_class: int = 10,
-    label_seed: int = 0,
+    labels: Labels = Labels(),  # noqa: B008 - frozen
     validation: int | None = None,
+    test: str | None = None,
+    unlabeled: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    resize: Resize = "shorter",
+    gray: bool = False,
+    columns: Columns = Columns(),  # noqa: B008 - frozen
     layout: str | None = None,
     order: str = "auto",
     samples_per_shard: int | None = None,
+    jobs: int | None = None,
     progress: bool = True,
 ) -> DatasetIndex:
     """Prepares the source into the folder `out` and returns the index.
 
     Args:
-        source_spec: `digits`, `mnist`, `fashion-mnist` or `idx:FOLDER`.
+        source_spec: one of `sources.CHOICES`.
         out: the folder to make; absent, empty, or with the same dataset.
-        labels_per_class: labeled images per class.
-        label_seed: decides which images are labeled, and nothing else.
-        validation: images held out of training, at least one, stratified by class; None takes a
-            tenth of `digits`, and 5,000 of other sources (a twelfth of a small one).
+        labels: which images are labeled ones.
+        validation: images held out of training, at least one, stratified by class; see
+            `splits.held_out` for None.
+        test: a source of test images, if `source_spec` has none; else a fifth of the labeled images.
+        unlabeled: a source of further images to train on; its labels are not used.
+        image_size: (height, width) that all images get; None takes them as they are.
+        resize: how they get it, `shorter` or `exact`: see `images.fit`.
+        gray: one channel; only with `image_size`.
+        columns: where tables have images and labels.
         layout: `packed`, `per-sample`, or None: packed for images of up to 64 pixels.
         order: of the unlabeled split: `full`, `windowed`, or `auto`, by size as in other splits.
         samples_per_shard: None takes 8,192, fewer for large images.
+        jobs: processes; None takes one per core for large sources.
         progress: show a progress bar.
 
     Raises:
         UserError: the request cannot be met, or `out` holds something else.
     """
-    source = load_source(source_spec)
-    out = Path(out).resolve()
-    image_hwc = (source.train_images.shape[1], *source.train_images.shape[2:])
-    classes = len(source.class_names)
-    form = _format(layout, samples_per_shard, image_hwc)
     if order not in ("auto", *ORDERS):
         raise UserError(f"unknown order {order!r}: use auto, {' or '.join(ORDERS)}")
-    arrays = _split_source(source, labels_per_class, label_seed, validation)
-    orders = {name: order_for(len(split.images), image_hwc) for name, split in arrays.items()}
-    if order != "auto":
-        orders["unlabeled"] = order
-    request = (
-        f"{source.name} (content {_content_hash(source)[:12]}),"
-        f" {labels_per_class} labels per class, label seed {label_seed},"
-        f" validation {len(arrays['validation'].images)}, {form.layout},"
-        f" unlabeled order {orders['unlabeled']}, {form.samples_per_shard} samples per shard"
+    if gray and image_size is None:
+        raise UserError("--gray needs --image_size: only resized images are converted to gray")
+    source = with_parts(
+        load_source(source_spec, columns),
+        None if test is None else load_source(test, columns),
+        None if unlabeled is None else load_source(unlabeled, columns),
     )
+    out = Path(out).resolve()
+    validation = held_out(source, validation)
+    rules = pixel_rules(source, image_size, resize, gray)
+    form = _format(layout, samples_per_shard, rules.image_hwc)
+    decode, splits = must_decode(source, rules), None
+    unlabeled_order = order
+    if not decode:
+        splits = split(source, pools_of_arrays(source), labels, validation)
+        if order == "auto":
+            unlabeled_order = order_for(len(splits["unlabeled"].rows), rules.image_hwc)
+    request = (
+        f"{source.name} (content {content_hash(source)[:12]}), {labels.describe(source)},"
+        f" validation {'as it is' if validation is None else validation}, {form.layout},"
+        f" unlabeled order {unlabeled_order}, {form.samples_per_shard} samples per shard"
+    )
+    if decode:
+        request += (
+            f", images {'x'.join(map(str, rules.image_hwc))} by {rules.resize}, decoded by version"
+            f" {DECODE_VERSION}"
+        )
     with dataset_folder(out, request, "preparing", "nothing half-written was kept") as existing:
         if existing is not None:
             return existing
-        with (
-            _partial_folder(out) as partial,
-            tqdm(
-                total=sum(len(split.images) for split in arrays.values()),
-                unit=" images",
-                disable=None if progress else True,
-            ) as bar,
-        ):
-            splits = {
-                name: _write_split(partial, name, split, form, orders[name], classes, bar.update)
-                for name, split in arrays.items()
-            }
+        with contextlib.ExitStack() as stack:
+            skipped: list[str] = []
+            if splits is None:
+                folder = out.with_name(f".{out.name}.decoded")
+                images = decoded(source, rules, folder, request, jobs, progress)
+                pools, skipped = stack.enter_context(images)
+                splits = split(source, pools, labels, validation)
+            partial = stack.enter_context(_partial_folder(out))
+            orders = {n: order_for(len(rows.rows), rules.image_hwc) for n, rows in splits.items()}
+            if order != "auto":
+                orders["unlabeled"] = order
+            classes = len(source.class_names)
+            written = _write(partial, splits, form, orders, classes, rules, jobs, progress)
             index = with_fingerprint(
                 DatasetIndex(
-                    **splits,
-                    image_hwc=image_hwc,
+                    **written,
+                    image_hwc=rules.image_hwc,
                     class_names=source.class_names,
                     label="cls",
-                    resize=False,
+                    resize="none",
                     source=source.name,
                     request=request,
-                    label_seed=label_seed,
-                    labels_per_class=labels_per_class,
+                    label_seed=labels.seed,
+                    labels_per_class=labels.resolved(source) or 0,
                     order_version=ORDER_VERSION,
                     fingerprint="",
+                    decode_version=1,  # none of these images is turned, scaled or converted
                 )
             )
+            if skipped:
+                write_whole(partial / SKIPPED, "".join(f"{line}\n" for line in skipped))
             save(index, partial)
+    _warn_of_absent_classes(index)
     return index
+
+
+def _warn_of_absent_classes(index: DatasetIndex) -> None:
+    absent = [
+        name
+        for name, n in zip(index.class_names, index.labeled.label_histogram, strict=True)
+        if not n
+    ]
+    if absent:
+        first = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
+        log.warning(f"{plural(len(absent), 'class')} without a labeled sample: {first}")
 
 
 def _format(
@@ -156,87 +206,6 @@ def _format(
     return _Format(layout, block, samples_per_shard)
 
 
-def _split_source(
-    source: Source, labels_per_class: int, label_seed: int, validation: int | None
-) -> dict[str, _SplitArrays]:
-    """Returns the four splits by name, each in a keyed order that is independent of the classes."""
-    images, labels = source.train_images, source.train_labels
-    total = len(images)
-    train = np.arange(total)
-    if source.test_images is None or source.test_labels is None:
-        chosen = _stratified(labels, total // 5, "test")
-        test = _SplitArrays(images[chosen], labels[chosen])
-        train = np.setdiff1d(train, chosen)
-        default = total // 10
-    else:
-        storage = permutation(len(source.test_images), "storage", "test")
-        test = _SplitArrays(source.test_images[storage], source.test_labels[storage])
-        default = min(5000, total // 12)
-    if validation is None:
-        validation = max(1, default)
-    if not 1 <= validation < len(train):
-        raise UserError(
-            f"validation is {validation}: choose from 1 to {len(train) - 1}, as {source.name} has"
-            f" {len(train)} images to train on"
-        )
-    held_out = train[_stratified(labels[train], validation, "validation")]
-    train = np.setdiff1d(train, held_out)
-    unlabeled = train[permutation(len(train), "storage", "unlabeled")]
-    labeled = _draw_labels(source, train, labels_per_class, label_seed)
-    return {
-        "labeled": _SplitArrays(images[labeled], labels[labeled]),
-        "unlabeled": _SplitArrays(images[unlabeled], None),
-        "validation": _SplitArrays(images[held_out], labels[held_out]),
-        "test": test,
-    }
-
-
-def _stratified(labels: Int64s, count: int, name: str) -> Int64s:
-    """Returns `count` positions in `labels`, in a keyed order, the same for every seed.
-
-    Each class gets its share of them, rounded by the largest remainder method.
-    """
-    histogram = np.bincount(labels)
-    share, remainder = np.divmod(histogram * count, len(labels))
-    rounded_up = np.argsort(-remainder, kind="stable")[: count - int(share.sum())]
-    share[rounded_up] += 1
-    chosen = np.concatenate(
-        [
-            np.flatnonzero(labels == label)[permutation(histogram[label], name, label)[:number]]
-            for label, number in enumerate(share)
-        ]
-    )
-    return chosen[permutation(len(chosen), "storage", name)]
-
-
-def _draw_labels(source: Source, train: Int64s, per_class: int, seed: int) -> Int64s:
-    """Returns `per_class` images of every class in `train`; fewer labels are a subset of more."""
-    if per_class < 1:
-        raise UserError(f"labels per class is {per_class}, and must be at least 1")
-    drawn = []
-    for label, name in enumerate(source.class_names):
-        members = train[source.train_labels[train] == label]
-        if len(members) < per_class:
-            raise UserError(
-                f"class {name} of {source.name} has {len(members)} training images left, fewer"
-                f" than {per_class} labels per class: ask for fewer labels or less validation"
-            )
-        drawn.append(members[permutation(len(members), "labels", seed, label)[:per_class]])
-    labeled = np.concatenate(drawn)
-    return labeled[permutation(len(labeled), "storage", "labeled", seed)]
-
-
-def _content_hash(source: Source) -> str:
-    """Returns the sha256 of the source's images and labels, and of nothing else."""
-    content = hashlib.sha256()
-    parts = (source.train_images, source.train_labels, source.test_images, source.test_labels)
-    for array in parts:
-        if array is not None:
-            content.update(str(array.shape).encode())
-            content.update(np.ascontiguousarray(array).data)
-    return content.hexdigest()
-
-
 @contextlib.contextmanager
 def _partial_folder(out: Path) -> Iterator[Path]:
     """Yields an empty hidden sibling of `out`, which is renamed to `out` after a success."""
@@ -254,54 +223,101 @@ def _partial_folder(out: Path) -> Iterator[Path]:
         raise
 
 
-def _write_split(
+@dataclass(frozen=True)
+class _ShardJob:
+    """A shard to write: some images uint8 (n, H, W, C), and labels, of a split."""
+
+    split: str
+    path: Path
+    number: int
+    images: Bytes
+    labels: Int64s | None
+    form: _Format
+
+
+def _write(
     root: Path,
-    name: str,
-    arrays: _SplitArrays,
+    splits: dict[str, Rows],
     form: _Format,
-    order: str,
+    orders: dict[str, str],
     classes: int,
-    written: Callable[[int], object],
-) -> SplitIndex:
-    (root / name).mkdir()
-    total = len(arrays.images)
-    shards: list[Shard] = []
-    for start in range(0, total, form.samples_per_shard):
-        stop = min(start + form.samples_per_shard, total)
-        path = root / name / f"{len(shards):06d}.tar"
-        _write_shard(path, arrays, form, start, stop)
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        shards.append(Shard(f"{name}/{path.name}", stop - start, path.stat().st_size, digest))
-        written(stop - start)
-    histogram: list[int] = []
-    if arrays.labels is not None:
-        histogram = np.bincount(arrays.labels, minlength=classes).tolist()
-    return SplitIndex(form.layout, order, form.block, total, tuple(histogram), tuple(shards))
+    rules: PixelRules,
+    jobs: int | None,
+    progress: bool,
+) -> dict[str, SplitIndex]:
+    """Writes the shards of all splits, and the known labels of the unlabeled one."""
+    for name in splits:
+        (root / name).mkdir()
+    total = sum(len(rows.rows) for rows in splits.values())
+    large = total * math.prod(rules.image_hwc) > 4 * SHARD_BYTES
+    shards: dict[str, dict[int, Shard]] = {name: {} for name in SPLITS}
+    work = _shard_jobs(root, splits, form)
+    with tqdm(total=total, unit=" images", disable=None if progress else True) as bar:
+        for job, shard in map_in_processes(_write_shard, work, jobs, large):
+            shards[job.split][job.number] = shard
+            bar.update(shard.samples)
+    known = splits["unlabeled"].pool.known[splits["unlabeled"].rows]
+    write_whole(root / KNOWN_LABELS, npy_bytes(known), fsync=True)
+    return {
+        name: SplitIndex(
+            form.layout,
+            orders[name],
+            form.block,
+            len(rows.rows),
+            () if rows.labels is None else _histogram(rows.labels, classes),
+            tuple(shards[name][number] for number in sorted(shards[name])),
+        )
+        for name, rows in splits.items()
+    }
 
 
-def _write_shard(path: Path, arrays: _SplitArrays, form: _Format, start: int, stop: int) -> None:
-    """Writes samples [start, stop) as one tar; a per-sample one gets a sidecar of record offsets."""
+def _histogram(labels: Int64s, classes: int) -> tuple[int, ...]:
+    return tuple(np.bincount(labels, minlength=classes).tolist())
+
+
+def _shard_jobs(root: Path, splits: dict[str, Rows], form: _Format) -> Iterator[_ShardJob]:
+    for name, rows in splits.items():
+        for number, start in enumerate(range(0, len(rows.rows), form.samples_per_shard)):
+            some = slice(start, start + form.samples_per_shard)
+            labels = None if rows.labels is None else rows.labels[some]
+            images = _gather(rows.pool, rows.rows[some])
+            yield _ShardJob(name, root / name / f"{number:06d}.tar", number, images, labels, form)
+
+
+def _gather(pool: Pool, rows: Int64s) -> Bytes:
+    """Returns images of a pool, which is read in its own order, since it may lie on a disk."""
+    order = np.argsort(rows)
+    images = np.empty((len(rows), *pool.images.shape[1:]), np.uint8)
+    images[order] = pool.images[rows[order]]
+    return images
+
+
+def _write_shard(job: _ShardJob) -> Shard:
+    """Writes a tar; a per-sample one gets a sidecar of record offsets."""
+    form, total = job.form, len(job.images)
     encode = _packed if form.layout == "packed" else _per_sample
-    records_per_shard = -(-form.samples_per_shard // form.block)
-    number = start // form.samples_per_shard * records_per_shard
+    first_record = job.number * -(-form.samples_per_shard // form.block)
     offsets: list[int] = []
-    with open(path, "wb") as file:
+    with open(job.path, "w+b") as file:
         # with a fixed time the tar's bytes depend on the samples alone
         with TarWriter(file, encoder=False, mtime=0) as writer:
-            for first in range(start, stop, form.block):
-                last = min(first + form.block, stop)
-                labels = None if arrays.labels is None else arrays.labels[first:last]
-                record = encode(arrays.images[first:last], labels)
-                key = f"{number + len(offsets):06d}"
+            for first in range(0, total, form.block):
+                last = min(first + form.block, total)
+                labels = None if job.labels is None else job.labels[first:last]
+                record = encode(job.images[first:last], labels)
+                key = f"{first_record + len(offsets):06d}"
                 offsets.append(writer.tarstream.offset)
                 writer.write({"__key__": key, **record})
             offsets.append(writer.tarstream.offset)
         file.flush()
         os.fsync(file.fileno())
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = file.tell()
     if form.layout == "per-sample":
-        sidecar = path.with_name(f"{path.name}.offsets.npy")
+        sidecar = job.path.with_name(f"{job.path.name}.offsets.npy")
         write_whole(sidecar, npy_bytes(np.array(offsets, np.int64)), fsync=True)
+    return Shard(f"{job.split}/{job.path.name}", total, size, digest)
 
 
 def _packed(images: Bytes, labels: Int64s | None) -> dict[str, bytes]:

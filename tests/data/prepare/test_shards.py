@@ -22,6 +22,8 @@ from sgan_dist.config import RemoteConfig
 from sgan_dist.data.index import SPLITS, DatasetIndex, load_index
 from sgan_dist.data.prepare.shards import prepare
 from sgan_dist.data.prepare.sources import load_source
+from sgan_dist.data.prepare.sources.source import Part
+from sgan_dist.data.prepare.splits import Labels
 from sgan_dist.data.remote.cache import Storage
 from sgan_dist.data.stream import read_split
 from sgan_dist.errors import UserError
@@ -29,15 +31,20 @@ from tests.data.prepare.commands import ENVIRONMENT, SGAN_DIST, file_sums
 from tests.data.prepare.idx import REAL, idx_bytes, needs_real, write_idx
 
 Images = NDArray[np.uint8]
-Labels = NDArray[np.int64] | None
+Numbers = NDArray[np.int64] | None
 
 
-def read(root: Path, index: DatasetIndex, split: str) -> tuple[Images, Labels]:
+def read(root: Path, index: DatasetIndex, split: str) -> tuple[Images, Numbers]:
     storage = Storage(str(root), RemoteConfig())
     parts = list(read_split(storage, index, split, 0, 1))
     images = np.concatenate([images for images, _, _ in parts])
     labels = [labels for _, labels, _ in parts if labels is not None]
     return images, np.concatenate(labels) if labels else None
+
+
+def array_of(part: Part | None) -> Images:
+    assert part is not None
+    return part.array
 
 
 def rows(images: Images | None) -> set[bytes]:
@@ -58,7 +65,7 @@ def test_digits(tmp_path: Path, layout: str) -> None:
         if labels is not None:
             assert np.bincount(labels).tolist() == [len(images) // 10] * 10
             by_bytes = dict(
-                zip((i.tobytes() for i in source.train_images), source.train_labels, strict=True)
+                zip((i.tobytes() for i in source.train.array), source.train.labels, strict=True)
             )
             assert [by_bytes[image.tobytes()] for image in images] == labels.tolist()
             # the order within a split is independent of the classes
@@ -71,14 +78,16 @@ def test_digits(tmp_path: Path, layout: str) -> None:
 @pytest.mark.parametrize("compress", [True, False])
 def test_idx(tmp_path: Path, compress: bool) -> None:
     folder = write_idx(tmp_path / "tiny", compress=compress)
-    index = prepare(f"idx:{folder}", tmp_path / "out", 5, samples_per_shard=300, progress=False)
+    index = prepare(
+        f"idx:{folder}", tmp_path / "out", Labels(5), samples_per_shard=300, progress=False
+    )
     assert index.source == "idx:tiny"
     assert [index.split(s).samples for s in SPLITS] == [20, 550, 50, 60]
     assert [shard.samples for shard in index.unlabeled.shards] == [300, 250]
     source = load_source(f"idx:{folder}")
-    assert rows(read(tmp_path / "out", index, "test")[0]) == rows(source.test_images)
+    assert rows(read(tmp_path / "out", index, "test")[0]) == rows(array_of(source.test))
     everything = [read(tmp_path / "out", index, s)[0] for s in ("unlabeled", "validation")]
-    assert rows(np.concatenate(everything)) == rows(source.train_images)
+    assert rows(np.concatenate(everything)) == rows(source.train.array)
 
 
 @needs_real
@@ -88,7 +97,7 @@ def test_real_idx(tmp_path: Path, name: str) -> None:
     index = prepare(spec, tmp_path / "out", progress=False)
     assert [index.split(s).samples for s in SPLITS] == [100, 55000, 5000, 10000]
     assert index.labeled.label_histogram == (10,) * 10
-    histogram = np.bincount(load_source(spec).train_labels)
+    histogram = np.bincount(load_source(spec).train.labels)
     assert abs(np.array(index.validation.label_histogram) - histogram / 12).max() < 1
 
 
@@ -97,21 +106,21 @@ def test_same_request_same_bytes(tmp_path: Path, layout: str) -> None:
     folder = write_idx(tmp_path / "tiny")
     first, second = tmp_path / "first", tmp_path / "second"
     for out in (first, second):
-        prepare(f"idx:{folder}", out, 5, layout=layout, progress=False)
+        prepare(f"idx:{folder}", out, Labels(5), layout=layout, progress=False)
     assert file_sums(first) == file_sums(second)
     time_before = (first / "index.json").stat().st_mtime_ns
-    prepare(f"idx:{folder}", first, 5, layout=layout, progress=False)
+    prepare(f"idx:{folder}", first, Labels(5), layout=layout, progress=False)
     assert (first / "index.json").stat().st_mtime_ns == time_before
 
 
 def test_another_label_seed_changes_the_labeled_split_only(tmp_path: Path) -> None:
     folder = write_idx(tmp_path / "tiny")
     for seed in (0, 1):
-        prepare(f"idx:{folder}", tmp_path / str(seed), 5, label_seed=seed, progress=False)
+        prepare(f"idx:{folder}", tmp_path / str(seed), Labels(5, seed=seed), progress=False)
     zero, one = file_sums(tmp_path / "0"), file_sums(tmp_path / "1")
     changed = {name for name in zero if zero[name] != one[name]}
     assert changed == {"labeled/000000.tar", "index.json"}
-    prepare(f"idx:{folder}", tmp_path / "more", 10, progress=False)
+    prepare(f"idx:{folder}", tmp_path / "more", Labels(10), progress=False)
     fewer, more = (
         rows(read(tmp_path / name, load_index(tmp_path / name), "labeled")[0])
         for name in ("0", "more")
@@ -125,7 +134,9 @@ def test_unlabeled_shards_hold_no_labels_and_webdataset_reads_all(
 ) -> None:
     folder = write_idx(tmp_path / "tiny")
     out = tmp_path / "out"
-    index = prepare(f"idx:{folder}", out, 5, layout=layout, samples_per_shard=300, progress=False)
+    index = prepare(
+        f"idx:{folder}", out, Labels(5), layout=layout, samples_per_shard=300, progress=False
+    )
     fields = {"images.npy", "labels.npy"} if layout == "packed" else {"png", "cls"}
     for split in SPLITS:
         shards = [str(out / shard.name) for shard in index.split(split).shards]
@@ -150,8 +161,8 @@ def test_unlabeled_shards_hold_no_labels_and_webdataset_reads_all(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels_per_class": 0}, "at least 1"),
-        ({"labels_per_class": 200}, "class 0 .* fewer than 200 labels per class"),
+        ({"labels": Labels(0)}, "at least 1"),
+        ({"labels": Labels(200)}, "class 0 .* fewer than 200 labels per class"),
         ({"validation": 600}, "validation is 600: choose from 1 to 599"),
         ({"validation": 0}, "validation is 0: choose from 1 to 599"),
         ({"validation": -1}, "validation is -1"),
@@ -170,17 +181,17 @@ def test_refused_requests(tmp_path: Path, options: dict[str, Any], message: str)
 def test_refused_folders(tmp_path: Path) -> None:
     folder = write_idx(tmp_path / "tiny")
     out = tmp_path / "out"
-    prepare(f"idx:{folder}", out, 5, progress=False)
+    prepare(f"idx:{folder}", out, Labels(5), progress=False)
     with pytest.raises(UserError, match=r"5 labels per class.*6 labels per class"):
-        prepare(f"idx:{folder}", out, 6, progress=False)
+        prepare(f"idx:{folder}", out, Labels(6), progress=False)
     with pytest.raises(UserError, match="holds no dataset"):
-        prepare(f"idx:{folder}", folder, 5, progress=False)
+        prepare(f"idx:{folder}", folder, Labels(5), progress=False)
     with pytest.raises(UserError, match=r"cannot use .*\.gz: Not a directory"):
-        prepare(f"idx:{folder}", folder / "t10k-labels-idx1-ubyte.gz", 5, progress=False)
+        prepare(f"idx:{folder}", folder / "t10k-labels-idx1-ubyte.gz", Labels(5), progress=False)
     with pytest.raises(UserError, match=r"cannot use .*below: Not a directory"):
-        prepare(f"idx:{folder}", out / "index.json" / "below", 5, progress=False)
+        prepare(f"idx:{folder}", out / "index.json" / "below", Labels(5), progress=False)
     (tmp_path / "empty").mkdir()
-    prepare(f"idx:{folder}", tmp_path / "empty", 5, progress=False)
+    prepare(f"idx:{folder}", tmp_path / "empty", Labels(5), progress=False)
     load_index(tmp_path / "empty")
 
 
@@ -193,15 +204,19 @@ def test_refused_folders(tmp_path: Path) -> None:
             "says 600x8x8 = 38400 bytes, but holds 38399",
         ),
         ("train-images-idx3-ubyte", lambda d: d + b"x", "holds 38401"),
-        ("t10k-labels-idx1-ubyte", lambda d: b"\0\0\x08\x03" + d[4:], "not an IDX file"),
+        ("t10k-labels-idx1-ubyte", lambda d: b"\0\0\x08\x05" + d[4:], "not an IDX file"),
         ("t10k-labels-idx1-ubyte", lambda d: b"", "not an IDX file"),
         (
             "train-labels-idx1-ubyte",
             lambda d: idx_bytes(np.zeros(599, np.uint8)),
             "600 train images",
         ),
-        ("t10k-labels-idx1-ubyte", lambda d: d[:-1] + b"\x09", "t10k labels go up to 9"),
-        ("train-images-idx3-ubyte", None, "has neither train-images"),
+        (
+            "t10k-labels-idx1-ubyte",
+            lambda d: d[:-1] + b"\x09",
+            "the label '9', which is none of the 4 classes",
+        ),
+        ("train-images-idx3-ubyte", None, "has no train-images"),
     ],
 )
 def test_damaged_idx_files(
@@ -248,7 +263,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "choose from 1 to 599" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["prepare", "--help"])
-    assert "digits, mnist, fashion-mnist, or idx:FOLDER" in " ".join(
+    assert "digits, mnist, fashion-mnist, or KIND:PLACE" in " ".join(
         capsys.readouterr().out.split()
     )
 
@@ -296,7 +311,10 @@ def test_an_interrupted_run_keeps_nothing(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "interrupted; no partial dataset was left"
+    assert (
+        errors.splitlines()[-1]
+        == "interrupted; the same command continues, and no partial dataset was left"
+    )
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
 
@@ -326,7 +344,7 @@ def test_a_live_run_is_not_disturbed(tmp_path: Path) -> None:
         FileLock(tmp_path / ".out.lock"),
         pytest.raises(UserError, match="another run is preparing"),
     ):
-        prepare(f"idx:{folder}", tmp_path / "out", 5, progress=False)
+        prepare(f"idx:{folder}", tmp_path / "out", Labels(5), progress=False)
     assert (partial / "unfinished").exists()
-    prepare(f"idx:{folder}", tmp_path / "out", 5, progress=False)
+    prepare(f"idx:{folder}", tmp_path / "out", Labels(5), progress=False)
     assert {path.name for path in tmp_path.iterdir()} == {"tiny", "out"}

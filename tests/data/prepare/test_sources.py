@@ -12,14 +12,9 @@ import numpy as np
 import pytest
 
 from sgan_dist.cli import main
-from sgan_dist.data.prepare import sources
-from sgan_dist.data.prepare.sources import (
-    MIRRORS,
-    SHA256,
-    load_source,
-    source_folder,
-    source_name,
-)
+from sgan_dist.data.prepare.sources import known, load_source, source_name
+from sgan_dist.data.prepare.sources.known import MIRRORS, SHA256, source_folder
+from sgan_dist.data.prepare.sources.source import Part, Source
 from sgan_dist.data.remote import transfer
 from sgan_dist.errors import UserError
 from tests.data.prepare.idx import REAL, needs_real
@@ -53,6 +48,11 @@ def serve(mirror: FolderServer, name: str) -> None:
     (mirror.folder / "copies" / name).symlink_to(REAL / name)
 
 
+def part_of_tests(source: Source) -> Part:
+    assert source.test is not None
+    return source.test
+
+
 def file_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
@@ -76,7 +76,9 @@ def test_names_without_loading(cache: Path, spec: str, name: str) -> None:
 @pytest.mark.parametrize("spec", ["", "idx:", "idx", "MNIST", "mnist:x", "http://example.com"])
 def test_unknown_sources(spec: str) -> None:
     for attempt in (source_name, load_source):
-        with pytest.raises(UserError, match="use digits, mnist, fashion-mnist or idx:FOLDER"):
+        with pytest.raises(
+            UserError, match="use one of digits, mnist, fashion-mnist, folder:DIR, "
+        ):
             attempt(spec)
 
 
@@ -103,13 +105,13 @@ def test_a_named_source_in_sgan_data(
 ) -> None:
     monkeypatch.setenv("SGAN_DATA", str(REAL))
     source = load_source(name)
-    assert source.test_images is not None and source.test_labels is not None
+    assert part_of_tests(source).array is not None and part_of_tests(source).labels is not None
     assert source.name == name
     assert source.class_names[0] == first and source.class_names[-1] == last
-    assert source.train_images.shape == (60000, 28, 28, 1)
-    assert source.test_images.shape == (10000, 28, 28, 1)
+    assert source.train.array.shape == (60000, 28, 28, 1)
+    assert part_of_tests(source).array.shape == (10000, 28, 28, 1)
     assert len(source.class_names) == len(set(source.class_names)) == 10
-    assert np.bincount(source.test_labels).tolist() == counts
+    assert np.bincount(part_of_tests(source).labels).tolist() == counts
     assert not mirror.requests and not cache.exists()
 
 
@@ -141,8 +143,8 @@ def test_missing_files_are_downloaded(
     log.clear()
     again = load_source("mnist")
     assert mirror.requests == {labels: 1}
-    assert again.test_images is not None and source.test_images is not None
-    assert (again.test_images == source.test_images).all()
+    assert part_of_tests(again).array is not None and part_of_tests(source).array is not None
+    assert (part_of_tests(again).array == part_of_tests(source).array).all()
     assert log.messages == [f"downloading {mirror.url}{labels}"]
 
 
@@ -212,7 +214,7 @@ def test_a_mirror_in_a_bucket(cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with s3_server("copies") as s3:
         s3.upload(REAL, "copies")
         monkeypatch.setenv("SGAN_MIRROR", "s3://copies")
-        labels = load_source("mnist").test_labels
+        labels = part_of_tests(load_source("mnist")).labels
         assert labels is not None and len(labels) == 10_000
 
 
@@ -280,7 +282,7 @@ def test_the_usual_mirrors(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None
         urls.append(url)
         raise UserError("not in a test")
 
-    monkeypatch.setattr(sources, "fetch", fetch)
+    monkeypatch.setattr(known, "fetch", fetch)
     for name in MIRRORS:
         with pytest.raises(UserError, match=r"not in a test; or give a folder"):
             load_source(name)
