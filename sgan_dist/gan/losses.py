@@ -26,6 +26,8 @@ from sgan_dist.parallel.collectives import all_sum
 
 Form = Literal["implied", "explicit"]
 
+PRIOR_FLOOR = 0.1
+
 
 def log_odds_real(logits: Tensor, form: Form) -> Tensor:
     """log p(real | x) - log p(fake | x), (n,), from logits (n, N) or (n, N+1)."""
@@ -40,9 +42,34 @@ def class_logits(logits: Tensor, form: Form) -> Tensor:
     return _upcast(logits if form == "implied" else logits[:, :-1])
 
 
-def supervised(logits: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Cross-entropy of labeled images; `count` is the global number of them."""
-    return F.cross_entropy(_upcast(logits), labels, reduction="sum") / count
+def supervised(logits: Tensor, labels: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy of labeled images; `count` is the global number of them.
+
+    `weights` (number of logits,), see `balanced_weights`: of each class.
+    """
+    logits = _upcast(logits)
+    if weights is not None:
+        weights = weights.to(logits.dtype)
+    return F.cross_entropy(logits, labels, weights, reduction="sum") / count
+
+
+def balanced_weights(histogram: Sequence[int], outputs: int) -> Tensor:
+    """Weights, fp64 (outputs,), of the classes, n / (N * n_class): their mean over the n labels is 1.
+
+    For the fake class and those without a label 1, which no label uses.
+    """
+    weights = torch.ones(outputs, dtype=torch.float64)
+    counts = torch.tensor(histogram, dtype=torch.float64)
+    shown = (counts > 0).nonzero().flatten()
+    weights[shown] = counts.sum() / (len(shown) * counts[shown])
+    return weights
+
+
+def labeled_prior(histogram: Sequence[int]) -> Tensor:
+    """The labels' shares of the classes, fp64 (N,), none below PRIOR_FLOOR of a uniform share."""
+    counts = torch.tensor(histogram, dtype=torch.float64)
+    share = (counts / counts.sum()).clamp(min=PRIOR_FLOOR / len(counts))
+    return share / share.sum()
 
 
 def real(log_odds: Tensor, count: int) -> Tensor:
@@ -98,12 +125,14 @@ def soft_cross_entropy(class_logits: Tensor, targets: Tensor, count: int) -> Ten
     return -(targets * class_logits.log_softmax(1)).sum() / count
 
 
-def aligned(p: Tensor, mean: Tensor) -> Tensor:
-    """Distributions p (n, N) corrected by the ratio of the uniform marginal to their mean (N,).
+def aligned(p: Tensor, mean: Tensor, prior: Tensor | None = None) -> Tensor:
+    """Distributions p (n, N) corrected by the ratio of a marginal to their mean (N,).
 
-    Distribution alignment, for balanced classes (ReMixMatch, arXiv:1911.09785, sec. 3.1).
+    Distribution alignment (ReMixMatch, arXiv:1911.09785, sec. 3.1). The marginal is `prior` (N,), or
+    uniform. With a prior no class is raised more than 1 / PRIOR_FLOOR times: one that is never
+    predicted would else blow up.
     """
-    ratio = p / mean
+    ratio = p / mean if prior is None else p * (prior / mean).clamp(max=1 / PRIOR_FLOOR)
     return ratio / ratio.sum(1, keepdim=True)
 
 

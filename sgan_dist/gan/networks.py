@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sgan_dist.config import Config, EmaConfig
 from sgan_dist.data.loader import SemiSupervisedBatch
 from sgan_dist.errors import UserError
-from sgan_dist.gan import ema
+from sgan_dist.gan import ema, losses
 from sgan_dist.gan.brake import Brake
 from sgan_dist.gan.models import build_discriminator, build_generator
 from sgan_dist.gan.models.base import CHW, data_dependent_init
@@ -37,6 +37,8 @@ class SGAN:
     """the moving average of D, which is evaluated and kept"""
     mean_prediction: Tensor
     """(N,), the running mean of the averaged D's class probabilities on unlabeled images"""
+    prior: Tensor | None
+    """(N,), the shares of the classes that targets are aligned to, None for uniform ones"""
     brake: Brake
     """keeps all of this as it is once a loss or gradient was not finite"""
 
@@ -110,14 +112,17 @@ class DiscriminatorSpec:
         )
 
 
-def build(config: Config, image_hwc: tuple[int, int, int], classes: int, backend: Backend) -> SGAN:
+def build(
+    config: Config, image_hwc: tuple[int, int, int], histogram: Sequence[int], backend: Backend
+) -> SGAN:
     """The networks for images (H, W, C), with the same initial values on every rank.
 
+    `histogram`: the number of labeled images of each class.
     `sgan_dist.gan.gate` says before a run whether they can be trained.
     """
     model = config.model
     torch.manual_seed(config.seed)
-    spec = DiscriminatorSpec.of(config, image_hwc, classes)
+    spec = DiscriminatorSpec.of(config, image_hwc, len(histogram))
     discriminator = spec.build()
     generator = None
     if config.uses_generator:
@@ -125,7 +130,7 @@ def build(config: Config, image_hwc: tuple[int, int, int], classes: int, backend
         generator = build_generator(model.generator, spec.image_chw, model.generator_args)
     average = copy.deepcopy(discriminator).eval().requires_grad_(False)
     average.to(backend.device, backend.dtype)
-    sgan = assemble(discriminator, generator, average, classes, config, backend)
+    sgan = assemble(discriminator, generator, average, histogram, config, backend)
     _warm_up(sgan, spec.image_chw, config, backend)
     return sgan
 
@@ -134,18 +139,26 @@ def assemble(
     discriminator: nn.Module,
     generator: nn.Module | None,
     average: nn.Module,
-    classes: int,
+    histogram: Sequence[int],
     config: Config,
     backend: Backend,
 ) -> SGAN:
     """The networks in their phases and engines; the averaged D is on the device already."""
     optim, generator_engine = config.optim, None
-    engine = backend.prepare(DiscriminatorPhase(discriminator, config, backend), optim.lr, optim)
+    classes, weights, prior = len(histogram), None, None
+    if config.loss.class_weights == "balanced":
+        outputs = classes + (config.loss.form == "explicit")
+        weights = losses.balanced_weights(histogram, outputs)
+        weights = weights.to(backend.device, backend.dtype)
+    if config.loss.prior == "labeled":
+        prior = losses.labeled_prior(histogram).to(backend.device, backend.dtype)
+    d_phase = DiscriminatorPhase(discriminator, config, backend, weights)
+    engine = backend.prepare(d_phase, optim.lr, optim)
     if generator is not None:
         phase = GeneratorPhase(generator, discriminator, config, backend)
         generator_engine = backend.prepare(phase, optim.generator_lr, optim)
     uniform = torch.full((classes,), 1 / classes, device=backend.device, dtype=backend.dtype)
-    return SGAN(engine, generator_engine, average, uniform, Brake.released(backend.device))
+    return SGAN(engine, generator_engine, average, uniform, prior, Brake.released(backend.device))
 
 
 def _warm_up(sgan: SGAN, image_chw: CHW, config: Config, backend: Backend) -> None:

@@ -87,10 +87,17 @@ class Shares(NamedTuple):
 class DiscriminatorPhase(nn.Module):
     """Augmentation, D and its losses; only D's parameters are in it."""
 
-    def __init__(self, discriminator: nn.Module, config: Config, backend: Backend) -> None:
+    def __init__(
+        self,
+        discriminator: nn.Module,
+        config: Config,
+        backend: Backend,
+        class_weights: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.network = discriminator
         self._config, self._backend = config, backend
+        self._class_weights = class_weights
 
     def forward(
         self, micro: MicroBatch, labels: Tensor, targets: Tensor | None, diagnose: bool
@@ -108,19 +115,20 @@ class DiscriminatorPhase(nn.Module):
             output = self.network(joined, micro.rng)
         parts = output.logits.split(list(micro.rng.sizes.values()))
         logits = dict(zip(micro.images, parts, strict=True))
-        terms, fractions = _discriminator_terms(logits, labels, targets, config)
+        weights = self._class_weights
+        terms, fractions = _discriminator_terms(logits, labels, targets, weights, config)
         values = {f"d/{name}": term.detach() for name, term in terms.items()} | fractions
         if diagnose:
             for name, term in terms.items():
                 (gradient,) = torch.autograd.grad(term, output.logits, retain_graph=True)
                 square = gradient.double().square().sum()
                 values[f"d/squared_logit_gradient/{name}"] = square
-        weights = {  # the supervised term has weight 1
+        factors = {  # the supervised term has weight 1
             "unlabeled": config.loss.unlabeled,
             "fake": config.loss.fake,
             "consistency": config.loss.consistency,
         }
-        weighted = [weights.get(name, 1.0) * term for name, term in terms.items()]
+        weighted = [factors.get(name, 1.0) * term for name, term in terms.items()]
         return Shares(torch.stack(weighted).sum(), values)
 
 
@@ -209,15 +217,20 @@ def part(rows: Rows, number: int, total: int) -> Rows:
 
 
 def _discriminator_terms(
-    logits: dict[str, Tensor], labels: Tensor, targets: Tensor | None, config: Config
+    logits: dict[str, Tensor],
+    labels: Tensor,
+    targets: Tensor | None,
+    class_weights: Tensor | None,
+    config: Config,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """This rank's shares of D's loss terms on a micro-batch, and of fractions to report.
 
     Divided by the sizes of the global batches.
     """
     form, counts = config.loss.form, config.batches | {"fake": config.batch.fake}
-    terms = {"supervised": losses.supervised(logits["labeled"], labels, counts["labeled"])}
-    wrong = losses.class_logits(logits["labeled"], form).argmax(1) != labels
+    labeled = logits["labeled"]
+    terms = {"supervised": losses.supervised(labeled, labels, counts["labeled"], class_weights)}
+    wrong = losses.class_logits(labeled, form).argmax(1) != labels
     fractions = {"d/train_error": wrong.sum() / counts["labeled"]}
     if "fake" in logits:
         odds = {kind: losses.log_odds_real(logits[kind], form) for kind in ("unlabeled", "fake")}

@@ -139,7 +139,7 @@ def _targets(sgan: SGAN, unlabeled: Tensor, step: Step) -> Tensor:
     p = torch.cat(probabilities)
     mean = all_sum(p.sum(0)) / config.batch.unlabeled
     sgan.mean_prediction.lerp_(mean.to(backend.dtype), ALIGNMENT_MOMENTUM)
-    p = losses.aligned(p, sgan.mean_prediction)
+    p = losses.aligned(p, sgan.mean_prediction, sgan.prior)
     targets = losses.sharpened(p, config.loss.temperature)
     return losses.confident(targets, p, config.loss.threshold)
 

@@ -22,7 +22,7 @@ from filelock import Timeout
 from sgan_dist import __version__
 from sgan_dist.config import Config, find_config, load, save
 from sgan_dist.data.remote.urls import is_remote
-from sgan_dist.errors import TransientError, UserError
+from sgan_dist.errors import TransientError, UserError, plural
 from sgan_dist.files import locked, write_whole
 from sgan_dist.parallel.engine import Backend
 from sgan_dist.parallel.launcher import Precision
@@ -178,4 +178,9 @@ def results(run: Path, summary: dict[str, Any]) -> str:
     names = "classifier.safetensors", "samples", "metrics.jsonl", "summary.json", "report.html"
     files = [f"{path.stem:<10}  {path}" for path in (run / name for name in names) if path.exists()]
     error = f"  {summary['trained_on']:<22}  {summary['test_error']:7.2%}"
-    return "\n".join(["", "test error", error, "", *files])
+    lines = ["", "test error", error]
+    if skipped := summary.get("skipped_images"):
+        lines.append(
+            f"  {plural(skipped, 'damaged training image')} skipped: metrics.jsonl has when"
+        )
+    return "\n".join([*lines, "", *files])

@@ -67,8 +67,8 @@ class Session:
                 index, config, backend.rank, backend.world_size, pin=backend.device.type == "cuda"
             )
         )
-        shape, classes = index.image_hwc, len(index.class_names)
-        self.sgan = run_on_all(lambda: build(config, shape, classes, backend))
+        shape, histogram = index.image_hwc, index.labeled.label_histogram
+        self.sgan = run_on_all(lambda: build(config, shape, histogram, backend))
         self.state = self._restore()
         self._batches = Prefetcher(self._loader, self.state.step, config.train.steps)
         if self.state.step == 0:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import wandb
 
 from sgan_dist.config import Config, load, result_settings
@@ -75,8 +76,8 @@ class Tracker:
     def predictions(self, counts: Counts, class_names: tuple[str, ...]) -> None:
         """Sends the confusion matrix and the most confident mistakes to the dashboard."""
         names = list(class_names)
-        matrix = counts.confusion.astype(int).tolist()
-        cells = [[names[i], names[j], n] for i, row in enumerate(matrix) for j, n in enumerate(row)]
+        pairs = zip(*np.nonzero(counts.confusion), strict=True)  # of many classes most cells are 0
+        cells = [[names[i], names[j], int(counts.confusion[i, j])] for i, j in pairs]
         rows = [
             [wandb.Image(m.image.squeeze()), names[m.label], names[m.guess], m.confidence]
             for m in counts.mistakes

@@ -34,7 +34,7 @@ from sgan_dist.parallel.ddp import DDPEngine
 from sgan_dist.parallel.engine import Backend, Phase, make_optimizer
 from sgan_dist.parallel.random import share
 
-IMAGE_HWC, CLASSES = (28, 28, 1), 10
+IMAGE_HWC, HISTOGRAM = (28, 28, 1), (10,) * 10
 CUDA = torch.device("cuda", 0)
 STEPS = (1, 2, 50)  # none of them logs
 
@@ -176,7 +176,7 @@ def run(name: str, world_size: int, images: int) -> dict[str, Any]:
     total = world_size * images
     sizes = [f"--batch.{part}={total}" for part in ("labeled", "unlabeled", "fake")]
     config = load_config(name, *sizes)
-    real = build(config, IMAGE_HWC, CLASSES, FakeBackend(config, torch.device("cpu"), 1))
+    real = build(config, IMAGE_HWC, HISTOGRAM, FakeBackend(config, torch.device("cpu"), 1))
     backend = FakeBackend(config, CUDA, world_size)
     with FakeTensorMode(allow_non_fake_inputs=True), process_group(world_size):
         networks = {name: on_fake_cuda(network) for name, network in real.networks().items()}
@@ -184,7 +184,7 @@ def run(name: str, world_size: int, images: int) -> dict[str, Any]:
             networks["discriminator"],
             networks.get("generator"),
             networks["average"],
-            CLASSES,
+            HISTOGRAM,
             config,
             backend,
         )

@@ -21,7 +21,7 @@ from sgan_dist.config import (
     StreamConfig,
     TrainConfig,
 )
-from sgan_dist.data.index import DatasetIndex, with_fingerprint
+from sgan_dist.data.index import SPLITS, DatasetIndex, with_fingerprint
 
 LAYOUTS = ("packed", "per-sample")
 
@@ -63,6 +63,17 @@ def with_split(index: DatasetIndex, split: str, **fields: Any) -> DatasetIndex:
     return dataclasses.replace(index, **changed)  # type: ignore[arg-type]
 
 
+def without_sidecars(index: DatasetIndex) -> DatasetIndex:
+    """The index of the same dataset as 0.1.0 made it."""
+    for split in SPLITS:
+        shards = [
+            dataclasses.replace(shard, sidecar_bytes=0, sidecar_sha256="")
+            for shard in index.split(split).shards
+        ]
+        index = with_split(index, split, shards=tuple(shards))
+    return index
+
+
 def tar_bytes(
     files: Mapping[str, bytes | None] | Sequence[tuple[str, bytes | None]],
     form: int = tarfile.USTAR_FORMAT,
@@ -95,14 +106,20 @@ def tar_files(path: Path) -> dict[str, bytes]:
 def rewrite_shard(
     root: Path, index: DatasetIndex, split: str, number: int, files: Mapping[str, bytes]
 ) -> DatasetIndex:
-    """Replaces the files of a shard; returns the index of the changed dataset."""
+    """Replaces the files of a shard; returns the index of the changed dataset.
+
+    The shard has no sidecar then, as in datasets of 0.1.0.
+    """
     shard = index.split(split).shards[number]
     data = tar_bytes(files)
     (root / shard.name).write_bytes(data)
-    (root / f"{shard.name}.offsets.npy").unlink(missing_ok=True)
     shards = list(index.split(split).shards)
     shards[number] = dataclasses.replace(
-        shard, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
+        shard,
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        sidecar_bytes=0,
+        sidecar_sha256="",
     )
     return with_split(index, split, shards=tuple(shards))
 

@@ -30,6 +30,8 @@ TERMS = (
     "--optim.lr=1e-3",
     "--optim.generator_lr=1e-3",
     "--loss.threshold=0.4",
+    "--loss.prior=labeled",
+    "--loss.class_weights=balanced",
 )
 MLP = ("--model.discriminator=mlp", '--model.discriminator_args={"sizes": [40, 20]}')
 TUTORIAL = ("--model.discriminator=tutorial", "--model.discriminator_args={}")

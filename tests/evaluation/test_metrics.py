@@ -25,11 +25,12 @@ from sgan_dist.data.prepare.foreign import index_shards
 from sgan_dist.data.stream import open_storage, read_split
 from sgan_dist.errors import UserError
 from sgan_dist.evaluation.classifier import Classifier, load_classifier, save_classifier
-from sgan_dist.evaluation.metrics import MISTAKES, count_predictions, evaluate, evaluate_run
+from sgan_dist.evaluation.metrics import MISTAKES, Counts, count_predictions, evaluate, evaluate_run
 from sgan_dist.gan.networks import DiscriminatorSpec
 from sgan_dist.gan.pixels import PixelScaling, images_to_float
 from sgan_dist.run.trainer import train
 from tests.conftest import small_config
+from tests.data.datasets import rewrite_shard
 from tests.ranks import environment, run_ranks
 
 NAMES = tuple(str(n) for n in range(10))
@@ -105,12 +106,15 @@ def test_a_split_without_a_good_image_is_one_sentence(
     buffer = io.BytesIO()
     Image.new("L", (28, 28)).save(buffer, "PNG")
     png = buffer.getvalue()
-    for name, image in (("good", png), ("cut", png[:-20])):  # the header is whole
+    for name in ("good", "test"):
         with TarWriter(str(tmp_path / f"{name}.tar"), encoder=False) as writer:
             for label in range(10):
-                writer.write({"__key__": f"{label}", "png": image, "cls": b"%d" % label})
-    good, cut = [str(tmp_path / "good.tar")], [str(tmp_path / "cut.tar")]
-    index = index_shards(good, good, good, cut, tmp_path / "index", jobs=1, progress=False)
+                writer.write({"__key__": f"{label}", "png": png, "cls": b"%d" % label})
+    good, test = [str(tmp_path / "good.tar")], [str(tmp_path / "test.tar")]
+    root = tmp_path / "index"
+    index = index_shards(good, good, good, test, root, jobs=1, progress=False)
+    cut = {f"{n}.png": png[:-20] for n in range(10)} | {f"{n}.cls": b"%d" % n for n in range(10)}
+    index = rewrite_shard(root, index, "test", 0, cut)  # as 0.1.0 indexed it
     with open_storage(small_config(tmp_path / "index", tmp_path)) as storage:
         assert evaluate(classifier, index, storage, "validation").images == 10
         with pytest.raises(UserError, match="all images of the test split are damaged"):
@@ -203,3 +207,16 @@ def test_training_and_evaluation_load_no_plotting() -> None:
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
     )
     assert result.stdout == "[]\n"
+
+
+def test_many_classes_and_classes_without_images() -> None:
+    confusion = np.zeros((1000, 1000))
+    confusion[3, 3], confusion[3, 4], confusion[7, 7] = 3, 1, 2
+    counts = Counts(confusion, np.zeros((15, 3)), 0.0, [])
+    metrics = counts.metrics(tuple(map(str, range(1000))))
+    assert metrics.per_class_error()[3:8] == [0.25, None, None, None, 0.0]
+    assert metrics.to_json()["per_class_error"]["4"] is None
+    lines = metrics.table().splitlines()
+    assert "of 1000 classes those with the largest errors:" in lines
+    assert lines[5].split() == ["3", "25.00%", "of", "4"] and len(lines) == 55
+    assert lines[7].split() == ["0", "n/a", "of", "0"]

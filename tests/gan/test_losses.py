@@ -147,3 +147,36 @@ def test_targets_below_the_threshold_have_no_part_in_the_loss() -> None:
     assert torch.allclose(loss, -((one * q[0]).sum() + (two * q[2]).sum()) / 3)  # of all, not of 2
     assert torch.equal(gradient_of(logits)[1], torch.zeros(2, dtype=torch.float64))
     assert torch.equal(losses.confident(p, p, 0.0), p)
+
+
+def test_alignment_to_a_prior() -> None:
+    p = LOGITS.softmax(1)
+    mean = p.mean(0)
+    prior = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
+    expected = p * prior / mean
+    expected = expected / expected.sum(1, keepdim=True)
+    assert torch.allclose(losses.aligned(p, mean, prior), expected)
+    uniform = torch.full((CLASSES,), 1 / CLASSES, dtype=torch.float64)
+    assert torch.allclose(losses.aligned(p, mean, uniform), losses.aligned(p, mean))
+
+
+def test_the_prior_of_the_labels_and_a_class_that_is_never_seen() -> None:
+    prior = losses.labeled_prior([60, 30, 10, 0, 0])
+    assert torch.allclose(prior.sum(), torch.ones((), dtype=torch.float64))
+    assert torch.allclose(prior[0] / prior[1], torch.tensor(2.0, dtype=torch.float64))
+    assert torch.allclose(prior[3] / prior[0], torch.tensor(0.02 / 0.6, dtype=torch.float64))
+    # a class that is not predicted at all is raised ten times, not without a bound
+    p = torch.tensor([[0.7, 0.3 - 1e-9, 0.0, 1e-9, 0.0]], dtype=torch.float64)
+    mean = torch.tensor([0.5, 0.5 - 1e-9, 1e-12, 1e-12, 1e-30], dtype=torch.float64)
+    aligned = losses.aligned(p, mean, prior)
+    assert aligned.isfinite().all() and aligned[0, 3] < 1e-7
+
+
+def test_balanced_weights_make_classes_count_alike() -> None:
+    histogram = torch.bincount(LABELS, minlength=CLASSES).tolist()
+    weights = losses.balanced_weights(histogram, CLASSES)
+    per_image = F.cross_entropy(LOGITS, LABELS, reduction="none")
+    classes = [per_image[c == LABELS].mean() for c in range(CLASSES) if histogram[c]]
+    weighted = losses.supervised(LOGITS, LABELS, N, weights)
+    assert torch.allclose(weighted, torch.stack(classes).mean())
+    assert losses.balanced_weights([2, 0, 2], 4).tolist() == [1.0, 1.0, 1.0, 1.0]

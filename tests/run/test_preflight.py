@@ -68,7 +68,8 @@ class CountingStorage(Storage):
         return self._checking.unchanged(shard)
 
     def open(self, shard):
-        self.opened.append(shard)
+        if not shard.name.endswith(".samples.npy"):
+            self.opened.append(shard)
         return super().open(shard)
 
 

@@ -22,15 +22,8 @@ from tqdm import tqdm
 from sgan_dist.data.images import Resize, decode, fit, header
 from sgan_dist.data.order import Int64s
 from sgan_dist.data.prepare.processes import map_in_processes
-from sgan_dist.data.prepare.sources.source import (
-    CHUNK,
-    UNLABELED,
-    Bytes,
-    Chunk,
-    Encoded,
-    Part,
-    Source,
-)
+from sgan_dist.data.prepare.sources.source import CHUNK, Bytes, Chunk, Encoded, Part, Source
+from sgan_dist.data.records import UNLABELED
 from sgan_dist.errors import UserError, plural
 from sgan_dist.files import write_whole
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from filelock import Timeout
-from numpy.typing import NDArray
 
 from sgan_dist.data.index import INDEX_NAME, DatasetIndex, load_index
-from sgan_dist.errors import UserError
+from sgan_dist.errors import UserError, plural
 from sgan_dist.files import locked
+
+SKIPPED = "skipped.tsv"  # place, name and reason of each image that could not be decoded
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +58,13 @@ def dataset_folder(
         ) from None
 
 
-def npy_bytes(array: NDArray[Any]) -> bytes:
-    """Returns the bytes of a .npy file that holds the array."""
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array))
-    return buffer.getvalue()
+def warn_of_absent_classes(index: DatasetIndex) -> None:
+    """Logs which classes no labeled image shows."""
+    counts = zip(index.class_names, index.labeled.label_histogram, strict=True)
+    absent = [name for name, count in counts if not count]
+    if absent:
+        first = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
+        log.warning(f"{plural(len(absent), 'class')} without a labeled sample: {first}")
 
 
 def _existing(out: Path, request: str, unfinished: str | None) -> DatasetIndex | None:

@@ -1,7 +1,7 @@
 """Makes an index for WebDataset tars that others wrote; they stay where they are, unchanged.
 
-The folder gets index.json and a sidecar of record offsets for every shard. Each shard is scanned
-once: the results are stored in the folder until the index is complete, so that a run that was
+The folder gets index.json and a sidecar for every shard, with the places of its images. Each shard is
+scanned once: the results are stored in the folder until the index is complete, so that a run that was
 stopped can continue.
 """
 
@@ -11,12 +11,14 @@ import hashlib
 import logging
 import os
 import shutil
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from sgan_dist.config import RemoteConfig
-from sgan_dist.data.images import DECODE_VERSION
+from sgan_dist.data.images import DECODE_VERSION, Resize
 from sgan_dist.data.index import (
     DEFAULT,
     ORDERS,
@@ -24,27 +26,43 @@ from sgan_dist.data.index import (
     DatasetIndex,
     Shard,
     SplitIndex,
+    load_index,
     order_for,
     save,
     sidecar_name,
     with_fingerprint,
 )
-from sgan_dist.data.order import ORDER_VERSION
-from sgan_dist.data.prepare.folder import dataset_folder
+from sgan_dist.data.known_labels import write_known_labels
+from sgan_dist.data.order import ORDER_VERSION, Int64s
+from sgan_dist.data.prepare.folder import SKIPPED, dataset_folder, warn_of_absent_classes
 from sgan_dist.data.prepare.patterns import expand
 from sgan_dist.data.prepare.scan import (
+    KEY_BITS,
     SCANNED,
     ScanJob,
     Scans,
     describe_record,
-    offsets_file,
+    samples_file,
     scan_all,
     scan_warnings,
 )
-from sgan_dist.data.remote.urls import is_remote
+from sgan_dist.data.prepare.sources.source import class_numbers
+from sgan_dist.data.records import UNLABELED
+from sgan_dist.data.remote.secret import write_secrets
+from sgan_dist.data.remote.urls import is_remote, redact_url
 from sgan_dist.errors import UserError, plural
+from sgan_dist.files import npy_bytes, write_whole
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The samples of one shard that belong to a split: int64 (n, 3), place and size of the image in
+    bytes, and class number or -1."""
+
+    job: ScanJob
+    samples: Int64s
 
 
 def index_shards(
@@ -53,13 +71,18 @@ def index_shards(
     validation: Sequence[str],
     test: Sequence[str],
     out: str | os.PathLike[str],
-    image_size: int | None = None,
+    validation_fraction: float = 0.0,
+    test_fraction: float = 0.0,
+    image_size: tuple[int, int] | None = None,
+    resize: Resize = "shorter",
     gray: bool = False,
+    image: str | None = None,
     label: str = "cls",
     class_names: str | os.PathLike[str] | None = None,
     order: str = "auto",
     jobs: int | None = None,
     remote: RemoteConfig = DEFAULT,
+    renew: bool = False,
     progress: bool = True,
 ) -> DatasetIndex:
     """Indexes the shards of four splits into the folder `out` and returns the index.
@@ -67,16 +90,22 @@ def index_shards(
     Args:
         unlabeled, labeled, validation, test: the patterns of each split's shards, see
             `patterns.expand`. The unlabeled split is trained on without labels: give the labeled
-            shards there too, if they are to be part of it.
+            shards there too, if they are to be part of it. Of the other splits' shards, records
+            without a label are left out: so one partly labeled set is `unlabeled` and `labeled`.
         out: the folder to make; absent, empty, or of an earlier run.
-        image_size: side in pixels to which images are scaled and cropped when they are read; None
-            takes them as they are, all of one size.
+        validation_fraction, test_fraction: without patterns, this part of the labeled records is cut
+            off, by a hash of their keys, and is neither in `labeled` nor in `unlabeled`.
+        image_size: (height, width) to which images are brought when they are read; None takes them as
+            they are, all of one size.
+        resize: how, `shorter` or `exact`: see `images.fit`.
         gray: take resized images as gray, not as RGB.
-        label: the place of a record's class number: `cls` or `json:KEY`.
-        class_names: a text file with a name on each line, class 0 first; None takes the numbers.
+        image: the extension of images, where records hold several; None: that of an image format.
+        label: the place of a record's label, see `records.label_of`.
+        class_names: a text file with a name on each line, class 0 first; None takes the labels.
         order: of the unlabeled split: `full`, `windowed`, or `auto`, by size as in other splits.
         jobs: scanning processes, one per core by default.
         remote: attempts and timeout of downloads.
+        renew: take new URLs of the same shards, such as those with new signatures.
         progress: show a progress bar.
 
     Raises:
@@ -85,20 +114,32 @@ def index_shards(
     """
     names = None if class_names is None else _read_class_names(Path(class_names))
     _check_options(image_size, gray, label, order, jobs)
+    fractions = {"validation": validation_fraction, "test": test_fraction}
     patterns = dict(zip(SPLITS, (labeled, unlabeled, validation, test), strict=True))
-    locations = {split: expand(patterns[split], split) for split in SPLITS}
+    for split, fraction in fractions.items():
+        if bool(patterns[split]) == bool(fraction) or not 0 <= fraction < 1:
+            raise UserError(
+                f"give --{split} shards, or --{split}_fraction of the labeled records, below 1"
+            )
+    locations = {split: expand(patterns[split], split) for split in SPLITS if patterns[split]}
+    out = Path(out).resolve()
+    if renew:
+        return _renew(out, locations)
     digest = hashlib.sha256("\n".join(names or ()).encode()).hexdigest()[:12]
     request = "; ".join(
         (
-            *(f"{split} {' '.join(patterns[split])}" for split in SPLITS),
+            *(f"{split} {' '.join(map(redact_url, patterns[split]))}" for split in locations),
+            *(f"{split} {part:g} of the labeled" for split, part in fractions.items() if part),
             f"label {label}",
-            "images as they are" if image_size is None else f"images of {image_size} pixels",
+            *([] if image is None else [f"image {image}"]),
+            "images as they are"
+            if image_size is None
+            else f"images of {image_size[0]} x {image_size[1]} pixels by {resize}",
             *(["gray"] if gray else []),
             *([] if names is None else [f"{len(names)} named classes {digest}"]),
             f"unlabeled order {order}",
         )
     )
-    out = Path(out).resolve()
     outcome = "the shards that were scanned are kept"
     with dataset_folder(out, request, "indexing", outcome, SCANNED) as existing:
         if existing is not None:
@@ -107,16 +148,22 @@ def index_shards(
             shutil.rmtree(out / SCANNED, ignore_errors=True)
             return existing
         out.mkdir(exist_ok=True)
-        scans = scan_all(out, _jobs(locations, label), jobs, remote, progress)
-        image_hwc = _image_hwc(scans, image_size, gray)
-        histograms = _histograms(scans, names)
+        every = dict.fromkeys(location for split in locations.values() for location in split)
+        scans = scan_all(out, _jobs(every, label, image), jobs, remote, progress)
+        by_location = {job.location: job for job in scans}
+        split_jobs = {s: [by_location[at] for at in some] for s, some in locations.items()}
+        image_hwc = _image_hwc(scans, split_jobs, image_size, gray)
+        classes, numbers = _classes(scans, split_jobs, names)
+        selected = _select(out, scans, split_jobs, numbers, fractions)
+        shards = {split: _write(out, split, selected[split], scans) for split in SPLITS}
+        splits = {s: _split(s, selected[s], shards[s], classes, image_hwc, order) for s in SPLITS}
         index = with_fingerprint(
             DatasetIndex(
-                **{split: _split(scans, split, image_hwc, histograms, order) for split in SPLITS},
+                **splits,
                 image_hwc=image_hwc,
-                class_names=names or tuple(map(str, range(len(histograms["labeled"])))),
+                class_names=classes,
                 label=label,
-                resize="none" if image_size is None else "shorter",
+                resize="none" if image_size is None else resize,
                 source="tars",
                 request=request,
                 label_seed=0,
@@ -126,22 +173,55 @@ def index_shards(
                 decode_version=DECODE_VERSION,
             )
         )
-        _finish(out, index, scans)
+        known = [some.samples[:, 2] for some in selected["unlabeled"]]
+        write_known_labels(out, np.concatenate(known))
+        skips = [
+            f"{job.name}\t{key}\t{why}\n"
+            for job, scan in scans.items()
+            for key, why in scan.skipped
+        ]
+        if skips:
+            write_whole(out / SKIPPED, "".join(skips))
+        write_secrets(out, {_name(out, location): location for location in every})
+        save(index, out)
+        shutil.rmtree(out / SCANNED, ignore_errors=True)
     for line in (*scan_warnings(scans), *_index_warnings(index)):
         log.warning(line)
+    warn_of_absent_classes(index)
     return index
 
 
+def _renew(out: Path, locations: Mapping[str, Sequence[str]]) -> DatasetIndex:
+    """Keeps new URLs of a dataset's shards."""
+    index = load_index(out)
+    _check_shards(index, locations, out)
+    every = dict.fromkeys(location for split in locations.values() for location in split)
+    write_secrets(out, {_name(out, location): location for location in every})
+    return index
+
+
+def _name(out: Path, location: str) -> str:
+    """Returns a shard's name in the index: without secrets, and relative if it lies beside the index.
+
+    So the folder that holds both can be moved, and served.
+    """
+    if is_remote(location):
+        return redact_url(location)
+    path = Path(location)
+    return os.path.relpath(path, out) if path.is_relative_to(out.parent) else location
+
+
 def _check_options(
-    image_size: int | None, gray: bool, label: str, order: str, jobs: int | None
+    image_size: tuple[int, int] | None, gray: bool, label: str, order: str, jobs: int | None
 ) -> None:
-    for name, value in (("image size", image_size), ("jobs", jobs)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}, and must be at least 1")
+    if jobs is not None and jobs < 1:
+        raise UserError(f"jobs is {jobs}, and must be at least 1")
     if gray and image_size is None:
         raise UserError("--gray needs --image_size: only resized images are converted to gray")
-    if label != "cls" and not (label.startswith("json:") and label != "json:"):
-        raise UserError(f"unknown label {label!r}: use cls or json:KEY")
+    if label in ("", "json", "json:"):
+        raise UserError(
+            f"unknown label {label!r}: use an extension such as cls, json:KEY or folder"
+        )
     if order not in ("auto", *ORDERS):
         raise UserError(f"unknown order {order!r}: use auto, {' or '.join(ORDERS)}")
 
@@ -159,31 +239,38 @@ def _read_class_names(path: Path) -> tuple[str, ...]:
 
 def _check_shards(index: DatasetIndex, locations: Mapping[str, Sequence[str]], out: Path) -> None:
     """Raises UserError unless an existing index holds the shards that the patterns match now."""
-    shards = {split: tuple(shard.name for shard in index.split(split).shards) for split in SPLITS}
-    if shards != locations:
-        raise UserError(
-            f"{out} holds another dataset: it was made from [{index.request}], and the patterns"
-            " match other shards now; choose another --out, or remove that folder yourself"
-        )
+    for split, some in locations.items():
+        names = {_name(out, location) for location in some}
+        indexed = {shard.name for shard in index.split(split).shards}
+        # shards without a sample of the split are not in it
+        if not indexed <= names or (split == "unlabeled" and indexed != names):
+            raise UserError(
+                f"{out} holds another dataset: it was made from [{index.request}], and the patterns"
+                " match other shards now; choose another --out, or remove that folder yourself"
+            )
 
 
-def _jobs(locations: Mapping[str, Sequence[str]], label: str) -> list[ScanJob]:
+def _jobs(locations: Iterable[str], label: str, image: str | None) -> list[ScanJob]:
     jobs = []
-    for split in SPLITS:
-        for location in locations[split]:
-            stat = None if is_remote(location) else Path(location).stat()
-            state = "" if stat is None else f"{stat.st_size} {stat.st_mtime_ns}"
-            jobs.append(ScanJob(split, location, None if split == "unlabeled" else label, state))
+    for location in locations:
+        stat = None if is_remote(location) else Path(location).stat()
+        state = "" if stat is None else f"{stat.st_size} {stat.st_mtime_ns}"
+        jobs.append(ScanJob(location, label, image, state))
     return jobs
 
 
-def _image_hwc(scans: Scans, image_size: int | None, gray: bool) -> tuple[int, int, int]:
+def _image_hwc(
+    scans: Scans,
+    split_jobs: Mapping[str, Sequence[ScanJob]],
+    image_size: tuple[int, int] | None,
+    gray: bool,
+) -> tuple[int, int, int]:
     """Returns the shape of all images. Raises UserError if they differ and are not resized."""
-    for split in SPLITS:
-        if not any(scan.images for job, scan in scans.items() if job.split == split):
+    for split, jobs in split_jobs.items():
+        if not any(scans[job].images for job in jobs):
             raise UserError(f"no image of the {split} shards can be read: check these files")
     if image_size is not None:
-        return image_size, image_size, 1 if gray else 3
+        return (*image_size, 1 if gray else 3)
     images = [
         (image_hwc, describe_record(job, key))
         for job, scan in scans.items()
@@ -206,72 +293,119 @@ def _describe_shape(image_hwc: list[int]) -> str:
     return f"{height} x {width} ({'gray' if channels == 1 else 'color'})"
 
 
-def _histograms(scans: Scans, names: tuple[str, ...] | None) -> dict[str, tuple[int, ...]]:
-    """Returns samples of each class by split. Without `names`, the labeled split sets the classes.
-
-    Raises UserError if another split has further classes.
-    """
-    counts = {split: Counter[int]() for split in SPLITS}
-    for job, scan in scans.items():
-        counts[job.split].update({int(label): n for label, n in scan.histogram.items()})
-    classes = len(names) if names is not None else max(counts["labeled"]) + 1
-    for job, scan in scans.items():
-        if scan.largest_label >= classes:
+def _classes(
+    scans: Scans, split_jobs: Mapping[str, Sequence[ScanJob]], names: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Returns the names of the classes, and the class number of each label."""
+    firsts: dict[str, dict[str, str]] = {}
+    for split, jobs in split_jobs.items():
+        firsts[split] = {}
+        for job in jobs:
+            for label, key in zip(scans[job].labels, scans[job].label_keys, strict=True):
+                firsts[split].setdefault(label, f"{split} {describe_record(job, key)}")
+    for split, first in firsts.items():
+        if not first and split != "unlabeled":
+            job = split_jobs[split][0]
             raise UserError(
-                f"{describe_record(job, scan.largest_key)} has the label {scan.largest_label}, but"
-                f" there are only {classes} classes, up to class {classes - 1}: give labeled"
-                " samples of all classes, or names with --class_names"
+                f"no record of the {split} shards has a label, such as {job.name}: labels are read from"
+                f" {job.label}; --label names another place"
             )
-    if classes > counts["labeled"].total():
-        raise UserError(
-            f"{counts['labeled'].total()} labeled samples are too few for {classes} classes: labels"
-            " must count from 0 without large gaps"
+    others = firsts.get("validation", {}) | firsts.get("test", {})
+    classes, numbers = class_numbers(firsts["labeled"], others, names)
+    return classes, dict.fromkeys(firsts["unlabeled"], UNLABELED) | numbers
+
+
+def _select(
+    out: Path,
+    scans: Scans,
+    split_jobs: Mapping[str, Sequence[ScanJob]],
+    numbers: Mapping[str, int],
+    fractions: Mapping[str, float],
+) -> dict[str, list[Selected]]:
+    """Returns the samples of each split by shard; the cut ones are in no training split."""
+    test, validation = fractions["test"], fractions["validation"]
+    selected: dict[str, list[Selected]] = {split: [] for split in SPLITS}
+
+    def add(split: str, job: ScanJob, rows: Int64s) -> None:
+        if len(rows):
+            selected[split].append(Selected(job, rows[:, :3]))
+
+    labeled_jobs = set(split_jobs["labeled"])
+    for split, jobs in split_jobs.items():
+        for job in jobs:
+            rows = np.load(samples_file(out, job))
+            table = np.array(
+                [*(numbers[label] for label in scans[job].labels), UNLABELED], np.int64
+            )
+            rows[:, 2] = table[rows[:, 2]]
+            has_label = rows[:, 2] != UNLABELED
+            place = rows[:, 3] / 2**KEY_BITS
+            is_test = has_label & (place < test) & (job in labeled_jobs)
+            is_valid = has_label & (place < test + validation) & (job in labeled_jobs) & ~is_test
+            kept = ~(is_test | is_valid)
+            add(split, job, rows[kept if split == "unlabeled" else kept & has_label])
+            if split == "labeled":
+                add("test", job, rows[is_test])
+                add("validation", job, rows[is_valid])
+    for split, some in selected.items():
+        if not some:
+            raise UserError(f"no record is left for the {split} split: give more labeled records")
+    return selected
+
+
+def _write(out: Path, split: str, selected: Sequence[Selected], scans: Scans) -> tuple[Shard, ...]:
+    """Writes the sidecars of a split, and returns its shards."""
+    shutil.rmtree(out / split, ignore_errors=True)  # of a run that was killed right here
+    (out / split).mkdir()
+    shards = []
+    for number, some in enumerate(selected):
+        sidecar = npy_bytes(some.samples)
+        write_whole(out / sidecar_name(split, number), sidecar, fsync=True)
+        scan = scans[some.job]
+        shards.append(
+            Shard(
+                _name(out, some.job.location),
+                len(some.samples),
+                scan.bytes,
+                scan.sha256,
+                len(sidecar),
+                hashlib.sha256(sidecar).hexdigest(),
+            )
         )
-    return {
-        split: () if split == "unlabeled" else tuple(count[label] for label in range(classes))
-        for split, count in counts.items()
-    }
+    return tuple(shards)
 
 
 def _split(
-    scans: Scans,
     split: str,
+    selected: Sequence[Selected],
+    shards: tuple[Shard, ...],
+    classes: tuple[str, ...],
     image_hwc: tuple[int, int, int],
-    histograms: Mapping[str, tuple[int, ...]],
     order: str,
 ) -> SplitIndex:
-    shards = tuple(
-        Shard(job.location, scan.samples, scan.bytes, scan.sha256)
-        for job, scan in scans.items()
-        if job.split == split
-    )
     samples = sum(shard.samples for shard in shards)
     forced = split == "unlabeled" and order != "auto"
     split_order = order if forced else order_for(samples, image_hwc)
-    return SplitIndex("per-sample", split_order, 1, samples, histograms[split], shards)
-
-
-def _finish(out: Path, index: DatasetIndex, scans: Scans) -> None:
-    """Moves the sidecars to their places, writes the index, and removes what is not needed."""
-    for split in SPLITS:
-        shutil.rmtree(out / split, ignore_errors=True)  # of a run that was killed right here
-        (out / split).mkdir()
-        for number, job in enumerate(job for job in scans if job.split == split):
-            offsets_file(out, job).replace(out / sidecar_name(split, number))
-    save(index, out)
-    shutil.rmtree(out / SCANNED, ignore_errors=True)
+    histogram = np.zeros(len(classes), np.int64)
+    if split != "unlabeled":
+        for some in selected:
+            histogram += np.bincount(some.samples[:, 2], minlength=len(classes))
+    counts = () if split == "unlabeled" else tuple(histogram.tolist())
+    return SplitIndex("per-sample", split_order, 1, samples, counts, shards)
 
 
 def _index_warnings(index: DatasetIndex) -> list[str]:
     """Returns what is odd about the splits but no error."""
     lines = []
-    absent = [str(label) for label, n in enumerate(index.labeled.label_histogram) if not n]
-    if absent:
-        first = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
-        lines.append(f"classes without a labeled sample: {first}")
-    training = {shard.sha256 for split in SPLITS[:2] for shard in index.split(split).shards}
+    training = {
+        (shard.sha256, shard.sidecar_sha256): None
+        for split in SPLITS[:2]
+        for shard in index.split(split).shards
+    }
     for split in SPLITS[2:]:
-        shared = sum(shard.sha256 in training for shard in index.split(split).shards)
+        shared = sum(
+            (shard.sha256, shard.sidecar_sha256) in training for shard in index.split(split).shards
+        )
         if shared:
             lines.append(
                 f"training also uses {plural(shared, f'{split} shard')}: errors on this split will"

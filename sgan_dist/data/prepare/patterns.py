@@ -19,7 +19,8 @@ def expand(patterns: Sequence[str], split: str) -> tuple[str, ...]:
     """Returns the shards of a split in the patterns' order: absolute paths and remote locations.
 
     A pattern may hold brace ranges (`{000000..000099}`) and lists (`{a,b}`); for local files,
-    s3:// and gs:// also `*`, `?` and `[...]`, whose matches are sorted; `::` joins patterns.
+    s3:// and gs:// also `*`, `?`, `[...]` and `**` (folders at any depth), whose matches are sorted;
+    `::` joins patterns.
 
     Raises:
         UserError: a pattern matches nothing or cannot be listed, or a shard is missing or named
@@ -49,7 +50,7 @@ def _matches(name: str, split: str) -> list[str]:
         path = os.path.abspath(os.path.expanduser(name))  # noqa: PTH100, PTH111 - links keep the names that users know
         if Path(path).is_file():  # its name may have brackets
             return [path]
-        matches = sorted(glob.glob(path)) if glob.has_magic(path) else []  # noqa: PTH207
+        matches = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else []  # noqa: PTH207
         if not matches:
             raise UserError(f"no {split} shard {name}: check the path")
         return matches

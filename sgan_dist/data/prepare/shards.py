@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -24,7 +25,6 @@ from webdataset.writer import TarWriter
 
 from sgan_dist.data.images import DECODE_VERSION, Resize
 from sgan_dist.data.index import (
-    KNOWN_LABELS,
     LAYOUTS,
     ORDERS,
     SPLITS,
@@ -33,8 +33,10 @@ from sgan_dist.data.index import (
     SplitIndex,
     order_for,
     save,
+    sidecar_name,
     with_fingerprint,
 )
+from sgan_dist.data.known_labels import write_known_labels
 from sgan_dist.data.order import ORDER_VERSION, Int64s
 from sgan_dist.data.prepare.decoding import (
     PixelRules,
@@ -44,19 +46,19 @@ from sgan_dist.data.prepare.decoding import (
     pixel_rules,
     pools_of_arrays,
 )
-from sgan_dist.data.prepare.folder import dataset_folder, npy_bytes
+from sgan_dist.data.prepare.folder import SKIPPED, dataset_folder, warn_of_absent_classes
 from sgan_dist.data.prepare.processes import map_in_processes
 from sgan_dist.data.prepare.sources import content_hash, load_source, with_parts
 from sgan_dist.data.prepare.sources.source import Bytes, Columns
 from sgan_dist.data.prepare.splits import Labels, Rows, held_out, split
-from sgan_dist.errors import UserError, plural
-from sgan_dist.files import flush_folder, write_whole
+from sgan_dist.data.records import UNLABELED, list_records
+from sgan_dist.errors import UserError
+from sgan_dist.files import flush_folder, npy_bytes, write_whole
 
 PACKED_BLOCK = 256  # samples in a packed record
 PACKED_PIXELS = 64  # images up to this side are packed by default
 SHARD_SAMPLES = 8192
 SHARD_BYTES = 64 * 2**20  # default maximum of a shard's decoded size, for large images
-SKIPPED = "skipped.tsv"  # part, name and reason of each image that could not be decoded
 
 log = logging.getLogger(__name__)
 
@@ -172,19 +174,8 @@ def prepare(
             if skipped:
                 write_whole(partial / SKIPPED, "".join(f"{line}\n" for line in skipped))
             save(index, partial)
-    _warn_of_absent_classes(index)
+    warn_of_absent_classes(index)
     return index
-
-
-def _warn_of_absent_classes(index: DatasetIndex) -> None:
-    absent = [
-        name
-        for name, n in zip(index.class_names, index.labeled.label_histogram, strict=True)
-        if not n
-    ]
-    if absent:
-        first = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
-        log.warning(f"{plural(len(absent), 'class')} without a labeled sample: {first}")
 
 
 def _format(
@@ -257,7 +248,7 @@ def _write(
             shards[job.split][job.number] = shard
             bar.update(shard.samples)
     known = splits["unlabeled"].pool.known[splits["unlabeled"].rows]
-    write_whole(root / KNOWN_LABELS, npy_bytes(known), fsync=True)
+    write_known_labels(root, known)
     return {
         name: SplitIndex(
             form.layout,
@@ -293,31 +284,35 @@ def _gather(pool: Pool, rows: Int64s) -> Bytes:
 
 
 def _write_shard(job: _ShardJob) -> Shard:
-    """Writes a tar; a per-sample one gets a sidecar of record offsets."""
+    """Writes a tar, and the sidecar of a per-sample one."""
     form, total = job.form, len(job.images)
     encode = _packed if form.layout == "packed" else _per_sample
     first_record = job.number * -(-form.samples_per_shard // form.block)
-    offsets: list[int] = []
     with open(job.path, "w+b") as file:
         # with a fixed time the tar's bytes depend on the samples alone
         with TarWriter(file, encoder=False, mtime=0) as writer:
-            for first in range(0, total, form.block):
+            for record, first in enumerate(range(0, total, form.block), first_record):
                 last = min(first + form.block, total)
                 labels = None if job.labels is None else job.labels[first:last]
-                record = encode(job.images[first:last], labels)
-                key = f"{first_record + len(offsets):06d}"
-                offsets.append(writer.tarstream.offset)
-                writer.write({"__key__": key, **record})
-            offsets.append(writer.tarstream.offset)
+                files = encode(job.images[first:last], labels)
+                writer.write({"__key__": f"{record:06d}", **files})
         file.flush()
         os.fsync(file.fileno())
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = file.tell()
-    if form.layout == "per-sample":
-        sidecar = job.path.with_name(f"{job.path.name}.offsets.npy")
-        write_whole(sidecar, npy_bytes(np.array(offsets, np.int64)), fsync=True)
-    return Shard(f"{job.split}/{job.path.name}", total, size, digest)
+        sidecar = _sidecar(job, file) if form.layout == "per-sample" else b""
+    if not sidecar:
+        return Shard(f"{job.split}/{job.path.name}", total, size, digest)
+    write_whole(job.path.with_name(Path(sidecar_name("", job.number)).name), sidecar, fsync=True)
+    sums = len(sidecar), hashlib.sha256(sidecar).hexdigest()
+    return Shard(f"{job.split}/{job.path.name}", total, size, digest, *sums)
+
+
+def _sidecar(job: _ShardJob, file: BinaryIO) -> bytes:
+    labels = np.full(len(job.images), UNLABELED) if job.labels is None else job.labels
+    places = [record.files["png"] for record in list_records(file).records]
+    return npy_bytes(np.column_stack([np.array(places, np.int64), labels]))
 
 
 def _packed(images: Bytes, labels: Int64s | None) -> dict[str, bytes]:

@@ -15,7 +15,8 @@ import numpy as np
 
 from sgan_dist.data.order import Int64s, permutation
 from sgan_dist.data.prepare.decoding import Pool
-from sgan_dist.data.prepare.sources.source import UNLABELED, Part, Source
+from sgan_dist.data.prepare.sources.source import Part, Source
+from sgan_dist.data.records import UNLABELED
 from sgan_dist.errors import UserError
 
 

@@ -2,8 +2,7 @@
 
 The cache is a folder of shards named by their sha256, so datasets and runs share equal shards:
 
-    ab/abcdef...      whole shards; a file is renamed into place once it was checked
-    ab/abcdef....offsets    where a shard's records begin; added and removed with the shard
+    ab/abcdef...      whole shards and sidecars; a file is renamed into place once it was checked
     incoming/         unfinished downloads, and one lock file per shard
     lock              held while shards are added or removed
 
@@ -25,17 +24,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import platformdirs
 from filelock import Timeout
 
 from sgan_dist.config import RemoteConfig
-from sgan_dist.data.index import Shard, prepare_again, sidecar_name
-from sgan_dist.data.order import Int64s
-from sgan_dist.data.remote.transfer import Denied, Stopped, fetch, read
+from sgan_dist.data.index import Shard, prepare_again
+from sgan_dist.data.remote.secret import read_secrets
+from sgan_dist.data.remote.transfer import CONNECT_SECONDS, LONGEST_WAIT_SECONDS, Stopped, fetch
 from sgan_dist.data.remote.urls import is_remote, join, redact_url
-from sgan_dist.errors import UserError
-from sgan_dist.files import locked, write_whole
+from sgan_dist.errors import TransientError, UserError
+from sgan_dist.files import locked
 
 THREADS = 4  # shards that are prefetched at the same time
 ABANDONED_SECONDS = 86400  # a file not written to for so long was left by a killed process
@@ -66,6 +64,7 @@ class Storage:
     def __init__(self, root: str, remote: RemoteConfig) -> None:
         self.root = root
         self._remote = remote
+        self._secrets = read_secrets(root)
         self._unchanged: set[Shard] = set()
         self._stop = threading.Event()
         self._slots = threading.Semaphore(THREADS)
@@ -83,7 +82,7 @@ class Storage:
 
         The size of a local shard is checked; size and sha256 of a remote one, as it arrives.
         """
-        location = join(self.root, shard.name)
+        location = self.location(shard)
         if is_remote(location):
             file = self._open_cached(shard, location, threading.Event())
             self._failed.discard(shard.sha256)
@@ -104,40 +103,6 @@ class Storage:
             )
         return file
 
-    def offsets(self, split: str, number: int, records: int, shard: Shard) -> Int64s | None:
-        """Returns where the records of a split's shard begin, in bytes: int64 (records + 1,).
-
-        None if there is no sidecar, and always for a pipe, which cannot report that. A remote
-        sidecar is kept in the cache beside the shard.
-        """
-        location = join(self.root, sidecar_name(split, number))
-        if location.startswith("pipe:"):
-            return None
-        remote = is_remote(location)
-        path = _offsets_path(self._path(shard)) if remote else Path(location)
-        try:
-            return _parse_offsets(str(path), path.read_bytes(), records)
-        except FileNotFoundError:
-            if not remote:
-                return None
-        except OSError as error:
-            raise _bad_offsets(str(path), error.strerror) from None
-        try:
-            data = read(location, self._remote)
-        except Denied:
-            # object stores also answer so for a missing file, if listing is not allowed
-            return None
-        if data is None:
-            return None
-        offsets = _parse_offsets(location, data, records)
-        try:
-            with self._exclusive():
-                path.parent.mkdir(exist_ok=True)
-                write_whole(path, data)
-        except OSError as error:
-            raise self._cache_error(shard, error) from None
-        return offsets
-
     def unchanged(self, shard: Shard) -> bool:
         """Returns whether the shard's bytes have the sha256 of the index.
 
@@ -154,9 +119,9 @@ class Storage:
                 ) from None
         if same:
             self._unchanged.add(shard)
-        elif is_remote(join(self.root, shard.name)):
+        elif is_remote(self.location(shard)):
             with self._exclusive():
-                _remove(self._path(shard))
+                self._path(shard).unlink(missing_ok=True)
             log.warning(
                 f"the copy of shard {shard.name} in {self._folder} was damaged: the next use"
                 " downloads it again"
@@ -171,7 +136,7 @@ class Storage:
         """
         for shard in shards:
             known = shard.sha256 in self._in_flight or shard.sha256 in self._failed
-            if known or not is_remote(join(self.root, shard.name)):
+            if known or not is_remote(self.location(shard)):
                 continue
             try:
                 os.utime(self._path(shard))
@@ -180,6 +145,10 @@ class Storage:
                 thread = threading.Thread(target=self._prefetch, args=(shard,), daemon=True)
                 self._in_flight[shard.sha256] = thread
                 thread.start()
+
+    def location(self, shard: Shard) -> str:
+        """Returns the path or URL of a shard, with what is secret in it."""
+        return self._secrets.get(shard.name) or join(self.root, shard.name)
 
     def close(self) -> None:
         """Stops the prefetching, within about a second."""
@@ -191,7 +160,7 @@ class Storage:
         try:
             with self._slots:
                 if not self._stop.is_set():
-                    self._open_cached(shard, join(self.root, shard.name), self._stop).close()
+                    self._open_cached(shard, self.location(shard), self._stop).close()
         except Stopped:
             return
         except UserError:
@@ -238,10 +207,16 @@ class Storage:
         target, path = incoming / shard.sha256, self._path(shard)
         lock = incoming / f"{shard.sha256}.lock"
         with contextlib.ExitStack() as stack:
+            waiting = _Waiting(target, self._remote, stop)
             try:
-                stack.enter_context(locked(lock, cancel=stop.is_set))
+                stack.enter_context(locked(lock, cancel=waiting.is_over))
             except Timeout:
-                raise Stopped from None
+                if stop.is_set():
+                    raise Stopped from None
+                raise TransientError(
+                    f"another process of this node downloads shard {shard.name}, and has not received a"
+                    f" byte for {waiting.longest:.0f} seconds: end that process if it hangs"
+                ) from None
             stack.callback(lock.unlink, missing_ok=True)
             file = self._open_if_cached(shard)  # another process may have downloaded it meanwhile
             if file is not None:
@@ -280,7 +255,7 @@ class Storage:
         for _, size, path in sorted(shards):
             if total <= limit:
                 return
-            _remove(path)
+            path.unlink(missing_ok=True)
             total -= size
 
     def _describe(self, shard: Shard) -> str:
@@ -294,6 +269,27 @@ class Storage:
         )
 
 
+class _Waiting:
+    """Waits for another process's download, for as long as bytes arrive there."""
+
+    def __init__(self, target: Path, remote: RemoteConfig, stop: threading.Event) -> None:
+        self._target, self._stop = target, stop
+        # it may wait for a connection, for a byte, and between two attempts
+        self.longest = CONNECT_SECONDS + remote.read_timeout + LONGEST_WAIT_SECONDS
+        self._seen: object = None
+        self._since = time.monotonic()
+
+    def is_over(self) -> bool:
+        """Returns whether to wait no longer."""
+        seen = [
+            (path.name, state.st_size)
+            for path, state in _files(self._target.parent, f".{self._target.name}.*")
+        ]
+        if seen != self._seen:
+            self._seen, self._since = seen, time.monotonic()
+        return self._stop.is_set() or time.monotonic() - self._since > self.longest
+
+
 def _files(folder: Path, pattern: str) -> list[tuple[Path, os.stat_result]]:
     """Returns matching files and their sizes and times; other processes may remove some meanwhile."""
     files = []
@@ -301,29 +297,3 @@ def _files(folder: Path, pattern: str) -> list[tuple[Path, os.stat_result]]:
         with contextlib.suppress(FileNotFoundError):
             files.append((path, path.stat()))
     return files
-
-
-def _offsets_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.offsets")
-
-
-def _remove(path: Path) -> None:
-    """Removes a cached shard and its offsets."""
-    for file in (path, _offsets_path(path)):
-        file.unlink(missing_ok=True)
-
-
-def _parse_offsets(location: str, data: bytes, records: int) -> Int64s:
-    try:
-        offsets: Int64s = np.lib.format.read_array(io.BytesIO(data))
-    except (OSError, ValueError, EOFError) as error:
-        raise _bad_offsets(location, str(error)) from None
-    if offsets.shape != (records + 1,) or offsets.dtype != np.int64:
-        raise UserError(
-            f"{redact_url(location)} does not match its shard: delete it, it is not needed"
-        )
-    return offsets
-
-
-def _bad_offsets(location: str, reason: str | None) -> UserError:
-    return UserError(f"cannot read {redact_url(location)}: {reason}; delete it, it is not needed")

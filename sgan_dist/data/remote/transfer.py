@@ -19,9 +19,9 @@ import errno
 import hashlib
 import logging
 import os
-import random
 import select
 import signal
+import ssl
 import subprocess
 import tempfile
 import threading
@@ -30,6 +30,8 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
+
+import tenacity
 
 from sgan_dist.config import RemoteConfig
 from sgan_dist.data.remote.urls import PREFIXES, is_remote, redact_url
@@ -103,44 +105,69 @@ def fetch(
         Stopped: `stop` was set.
     """
     if not is_remote(location):
-        raise UserError(f"{location} is not a remote location: use one of {' '.join(PREFIXES)}")
+        raise UserError(
+            f"{redact_url(location)} is not a remote location: use one of {' '.join(PREFIXES)}"
+        )
     stop = stop or threading.Event()
-    for attempt in range(1, remote.tries + 1):
+    shown = redact_url(location)
+
+    def attempt() -> None:
         temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}")
         try:
             temporary.touch()
             _download(location, _Attempt(temporary, remote.read_timeout, stop, size))
             _compare(temporary, size, sha256)
             temporary.replace(target)
-            return
-        except _Retry as error:
-            failure = error
-        except OSError as error:
-            raise UserError(
-                f"cannot write {target.parent} ({error.strerror}): make room there, or choose"
-                " another folder"
-            ) from None
         finally:
             temporary.unlink(missing_ok=True)
-        if attempt < remote.tries:
-            # full jitter: the ranks of a job must not all retry at the same moment
-            jitter = random.uniform(0, BACKOFF_SECONDS * 2 ** (attempt - 1))
-            wait = min(max(failure.wait, jitter), LONGEST_WAIT_SECONDS)
-            log.warning(
-                f"retrying {redact_url(location)} in {wait:.0f} s: {failure} ({attempt + 1} of"
-                f" {remote.tries})"
-            )
-            if stop.wait(wait):
-                raise Stopped
-    if isinstance(failure, _Mismatch):
-        raise UserError(
-            f"the shard's bytes no longer match the index: {redact_url(location)} has {failure}"
-            f" ({remote.tries} tries): put back the file that was indexed, or index it again"
+
+    def warn(state: tenacity.RetryCallState) -> None:
+        assert state.outcome is not None and state.next_action is not None
+        log.warning(
+            f"retrying {shown} in {state.next_action.sleep:.0f} s: {state.outcome.exception()}"
+            f" ({state.attempt_number + 1} of {remote.tries})"
         )
-    raise TransientError(
-        f"cannot download {redact_url(location)} ({failure}, {remote.tries} tries): check the"
-        " network and the server"
-    )
+
+    try:
+        tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_Retry),
+            stop=tenacity.stop_after_attempt(remote.tries),
+            wait=_pause,
+            sleep=lambda seconds: _sleep(stop, seconds),
+            before_sleep=warn,
+            reraise=True,
+        )(attempt)
+    except _Mismatch as failure:
+        raise UserError(
+            f"the shard's bytes no longer match the index: {shown} has {failure}"
+            f" ({remote.tries} tries): put back the file that was indexed, or index it again"
+        ) from None
+    except _Retry as failure:
+        raise TransientError(
+            f"cannot download {shown} ({failure}, {remote.tries} tries): check the network and the"
+            " server"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target.parent} ({error.strerror}): make room there, or choose another"
+            " folder"
+        ) from None
+
+
+def _pause(state: tenacity.RetryCallState) -> float:
+    """Seconds before the next attempt: those that the server asks for, or random ones.
+
+    Full jitter: the ranks of a job must not all retry at the same moment.
+    """
+    jitter = tenacity.wait_random_exponential(BACKOFF_SECONDS, max=LONGEST_WAIT_SECONDS)(state)
+    failure = state.outcome.exception() if state.outcome is not None else None
+    wanted = failure.wait if isinstance(failure, _Retry) else 0.0
+    return min(max(jitter, wanted), LONGEST_WAIT_SECONDS)
+
+
+def _sleep(stop: threading.Event, seconds: float) -> None:
+    if stop.wait(seconds):
+        raise Stopped
 
 
 def read(location: str, remote: RemoteConfig) -> bytes | None:
@@ -195,14 +222,17 @@ def _refusal(location: str, status: int, reason: str, wait: float = 0.0) -> Exce
             "s3": """, or set FSSPEC_S3='{"anon": true}' if the bucket is public""",
             "gs": """, or set FSSPEC_GS='{"token": "anon"}' if the bucket is public""",
         }.get(location[:2], "")
-        return Denied(f"{start}: check your credentials{public}")
+        expired = ""
+        if urlsplit(location).query:
+            expired = ", or take a new URL by sgan-dist index --renew if its signature has expired"
+        return Denied(f"{start}: check your credentials{public}{expired}")
     return UserError(f"{start}: check the location")
 
 
 def _run(
     loop: asyncio.AbstractEventLoop, download: Coroutine[Any, Any, None], attempt: _Attempt
 ) -> None:
-    """Waits for a download in fsspec's loop, and cancels it on any error here."""
+    """Waits for a coroutine of fsspec's asynchronous interface, and cancels it on any error here."""
     future = asyncio.run_coroutine_threadsafe(download, loop)
     try:
         while not concurrent.futures.wait([future], POLL_SECONDS).done:
@@ -217,8 +247,9 @@ def _download_http(location: str, url: str, headers: dict[str, str], attempt: _A
     import aiohttp
     from fsspec.implementations.http import HTTPFileSystem
 
-    # a .gz file must stay packed, though some servers declare that as an encoding
-    session = {"auto_decompress": False, "trust_env": True}
+    # a .gz file must stay packed, though some servers declare that as an encoding; and the signature
+    # of a redirect holds for its address byte for byte
+    session = {"auto_decompress": False, "trust_env": True, "requote_redirect_url": False}
     http = HTTPFileSystem(encoded=True, client_kwargs=session)
     download = http._get_file(
         url,
@@ -233,13 +264,25 @@ def _download_http(location: str, url: str, headers: dict[str, str], attempt: _A
         _run(http.loop, download, attempt)
     except FileNotFoundError:
         raise _refusal(location, 404, "HTTP 404 Not Found") from None
+    except aiohttp.TooManyRedirects:
+        raise UserError(
+            f"cannot download {redact_url(location)}: it redirects in a circle; check the location"
+        ) from None
     except aiohttp.ClientResponseError as error:
         after = error.headers.get("Retry-After", "") if error.headers else ""
         reason = f"HTTP {error.status} {error.message}"
         wait = float(after) if after.isdecimal() else 0.0
         raise _refusal(location, error.status, reason, wait) from None
-    except ValueError:  # aiohttp's InvalidURL, and yarl's own
+    except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientSSLError, ssl.SSLError) as error:
+        reason = getattr(getattr(error, "certificate_error", error), "verify_message", "")
+        raise UserError(
+            f"cannot download {redact_url(location)}: its certificate is not trusted"
+            f" ({reason or _one_line(error)}): set SSL_CERT_FILE to a file of trusted certificates"
+        ) from None
+    except (aiohttp.InvalidURL, ValueError):  # yarl's are ValueErrors
         raise UserError(f"cannot download {redact_url(location)}: it is not a valid URL") from None
+    except aiohttp.ConnectionTimeoutError:
+        raise _Retry(f"no connection within {CONNECT_SECONDS:g} seconds") from None
     except TimeoutError:
         raise _Retry(f"no byte for {attempt.timeout:g} seconds") from None
     except (aiohttp.ClientError, OSError) as error:

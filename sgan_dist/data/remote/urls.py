@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import shlex
 from pathlib import Path
@@ -25,9 +26,10 @@ def is_remote(location: str) -> bool:
 
 
 def join(root: str, name: str) -> str:
-    """Returns the location of `name` below `root`, or `name` if it is remote or an absolute path.
+    """Returns the location of `name` from `root` on, or `name` if it is remote or an absolute path.
 
-    http(s): the name is percent-encoded and goes before the root's query string. pipe: the name,
+    http(s): the name is percent-encoded and goes before the root's query string. A name may lead out of
+    the root (`../tars/0.tar`), not out of its server or bucket. pipe: the name,
     quoted for the shell, is appended to the command: `pipe:ssh host cat /data` gives
     `pipe:ssh host cat /data/unlabeled/000000.tar`.
     """
@@ -37,10 +39,11 @@ def join(root: str, name: str) -> str:
         return str(Path(root) / name)
     if root.startswith("pipe:"):
         return f"{root.rstrip('/')}/{shlex.quote(name)}"
+    parts = urlsplit(root)
     if root.startswith("http"):
-        parts = urlsplit(root)
-        return parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}").geturl()
-    return f"{root.rstrip('/')}/{name}"
+        name = quote(name)
+    path = posixpath.normpath(f"{parts.path.rstrip('/')}/{name}")
+    return parts._replace(path=path).geturl()
 
 
 def redact_url(location: str) -> str:

@@ -92,7 +92,7 @@ def command(root: Path | str, out: Path, *options: str) -> list[str]:
 def scanned(out: Path) -> set[str]:
     """The names of the shards whose scan is stored."""
     paths = (out / ".scanned").glob("*.json")
-    return {Path(json.loads(path.read_text())[0]["location"]).name for path in paths}
+    return {Path(json.loads(path.read_text())[0]).name for path in paths}
 
 
 def wait_until(condition: Callable[[], object]) -> None:

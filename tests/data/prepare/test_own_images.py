@@ -22,7 +22,8 @@ from scipy.io import savemat
 
 from sgan_dist.cli import SOURCES, main
 from sgan_dist.config import RemoteConfig
-from sgan_dist.data.index import KNOWN_LABELS, SPLITS, DatasetIndex, load_index
+from sgan_dist.data.index import SPLITS, DatasetIndex, load_index
+from sgan_dist.data.known_labels import NAME as known_labels_file
 from sgan_dist.data.prepare.shards import prepare
 from sgan_dist.data.prepare.sources import KINDS, load_source
 from sgan_dist.data.prepare.sources.source import Columns, Encoded, Part, number_classes
@@ -101,7 +102,7 @@ def check_splits(root: Path, index: DatasetIndex) -> dict[str, set[int]]:
 
 
 def known_labels(root: Path) -> NDArray[np.int64]:
-    labels: NDArray[np.int64] = np.load(root / KNOWN_LABELS)
+    labels: NDArray[np.int64] = np.load(root / known_labels_file)
     return labels
 
 

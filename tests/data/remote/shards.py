@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import subprocess
 import sys
 import time
@@ -13,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sgan_dist.config import RemoteConfig
 from sgan_dist.data.index import Shard
@@ -67,12 +65,6 @@ def cached_names(cache: Path) -> set[str]:
     """The names of the files in the cache. No unfinished download may be left in it."""
     assert list((cache / "incoming").iterdir()) == []
     return {path.name for path in cache.glob("??/*")}
-
-
-def sidecar(offsets: NDArray[np.generic]) -> bytes:
-    file = io.BytesIO()
-    np.save(file, offsets)
-    return file.getvalue()
 
 
 # prints a shard's bytes, or the error

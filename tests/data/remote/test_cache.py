@@ -8,7 +8,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from sgan_dist.config import RemoteConfig
@@ -24,7 +23,6 @@ from tests.data.remote.shards import (
     put,
     renamed,
     shard_of,
-    sidecar,
     storage,
 )
 from tests.servers import FolderServer, environment, garble, s3_server, slow
@@ -152,9 +150,6 @@ def test_an_invalid_sum(server: FolderServer, cache: Path, tmp_path: Path) -> No
 
 def test_no_password_in_messages(cache: Path) -> None:
     store = storage("http://user:secret@127.0.0.1:9/d?sig=secret", cache)
-    with pytest.raises(UserError) as caught:
-        store.offsets("unlabeled", 0, 2, shard_of("a", b"a"))
-    assert "secret" not in str(caught.value)
     with pytest.raises(UserError) as caught:
         store.open(Shard("a", 1, 1, "x"))
     assert "secret" not in str(caught.value)
@@ -305,8 +300,6 @@ def test_s3(tmp_path: Path, cache: Path) -> None:
     served = tmp_path / "bucket"
     served.mkdir()
     shards = [put(served, f"{letter}.tar") for letter in "abcdef"]
-    (served / "unlabeled").mkdir()
-    (served / "unlabeled" / "000001.tar.offsets.npy").write_bytes(sidecar(np.arange(3)))
     with s3_server("data") as s3:
         s3.upload(served, "data")
         store = storage("s3://data", cache)
@@ -314,14 +307,10 @@ def test_s3(tmp_path: Path, cache: Path) -> None:
         for shard in shards:
             assert content(store, shard) == body(shard.name)
             assert store.unchanged(shard)
-        assert store.offsets("unlabeled", 0, 2, shards[0]) is None
-        offsets = store.offsets("unlabeled", 1, 2, shards[1])
-        assert offsets is not None and offsets.tolist() == [0, 1, 2]
         missing = shard_of("g.tar", b"g")
         with pytest.raises(UserError, match=r"s3://data/g\.tar \(HTTP 404 NoSuchKey"):
             store.open(missing)
         with pytest.raises(UserError, match="there is no bucket absent"):
             storage("s3://absent", cache).open(missing)
         store.close()
-    names = {shard.sha256 for shard in shards}
-    assert cached_names(cache) == names | {f"{shards[1].sha256}.offsets"}
+    assert cached_names(cache) == {shard.sha256 for shard in shards}

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from sgan_dist.config import RemoteConfig
+from sgan_dist.data.remote import cache as cache_module
+from sgan_dist.errors import TransientError
 from tests.data.remote.shards import (
     OPEN,
     body,
@@ -79,6 +83,23 @@ def test_a_waiting_process_takes_over_from_a_killed_one(server: FolderServer, ca
             assert second.communicate()[0] == body("a.tar")
     assert server.requests == {"/a.tar": 2}
     assert cached_names(cache) == {shard.sha256}
+
+
+@pytest.mark.process
+def test_a_stalled_process_ends_one_that_waits_for_it(
+    server: FolderServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "CONNECT_SECONDS", 0.1)
+    monkeypatch.setattr(cache_module, "LONGEST_WAIT_SECONDS", 0.1)
+    shard = put(server.folder, "a.tar")
+    server.faults["/a.tar"] = [stall]
+    hasty = storage(server.url, cache, remote=RemoteConfig(tries=1, read_timeout=1.0))
+    with process(OPEN, server, cache, shard) as first:
+        wait_for_download(cache)
+        first.send_signal(signal.SIGSTOP)
+        # exit code 75: the same command may succeed later
+        with pytest.raises(TransientError, match=r"another process .*a\.tar.* for 1 seconds"):
+            hasty.open(shard)
 
 
 @pytest.mark.process

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
+import ipaddress
 import socket
+import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -285,3 +288,58 @@ def test_addresses_are_sent_unchanged_but_not_shown(server: FolderServer, target
         fetch(f"{secret}/absent.tar?{query}", target, PATIENT)
     assert f"cannot download {server.url}/absent.tar (" in str(caught.value)
     assert "Basic" in server.seen[-1][1]["Authorization"]
+
+
+def test_a_redirect_is_followed_byte_for_byte(server: FolderServer, target: Path) -> None:
+    """A signature holds for the address as it is written: `%2F` is not `/`."""
+    query = (
+        "response-content-disposition=a%3B%20b%3D%22un.tar%22&Signature=ab~c%2Bd%2Fe%3D&Id=K%2FX"
+    )
+
+    def redirect(handler: Handler, body: bytes) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", f"{server.url}/data/a.tar?{query}")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    server.faults["/sign/a.tar"] = redirect
+    fetch(f"{server.url}/sign/a.tar", target, PATIENT, len(BODY), SHA256)
+    assert server.seen[-1][0] == f"/data/a.tar?{query}"
+    server.faults["/data/a.tar"] = redirect
+    with pytest.raises(UserError, match="it redirects in a circle"):
+        fetch(f"{server.url}/sign/a.tar", target, PATIENT)
+
+
+def test_a_certificate_that_is_not_trusted(
+    server: FolderServer, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = target.with_name("cert.pem")
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    pem.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    server._http.socket = context.wrap_socket(server._http.socket, server_side=True)
+    location = server.url.replace("http:", "https:") + "/data/a.tar"
+    with pytest.raises(
+        UserError, match=r"not trusted \(self-signed certificate\): set SSL_CERT_FILE"
+    ):
+        fetch(location, target, PATIENT)

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from sgan_dist.data.order import Int64s
-from sgan_dist.data.prepare.sources.source import UNLABELED, Columns, Encoded, Part, Source
+from sgan_dist.data.prepare.sources.source import Columns, Encoded, Part, Source
+from sgan_dist.data.records import UNLABELED
 from sgan_dist.errors import UserError
 
 NAMED_SOURCES = ("digits", "mnist", "fashion-mnist")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sgan_dist.data.order import Int64s
+from sgan_dist.data.records import UNLABELED, plain_label
 from sgan_dist.errors import UserError, plural
 
 Bytes = NDArray[np.uint8]
 
 CHUNK = 1024  # images that a process reads and decodes at a time
-UNLABELED = -1
 SHOWN = 20  # classes whose map is logged
 
 log = logging.getLogger(__name__)
@@ -158,63 +157,73 @@ def number_classes(
 ) -> tuple[tuple[str, ...], dict[str, Int64s]]:
     """Returns the names of the classes, and of each part the class numbers, -1 for no label.
 
-    Labels are numbers (also as text, as 4.0, or one in a list), or names. None, NaN, an empty text
-    and -1 are no label. With `names`, numbers are places in it. Without, the numbers or names of the
-    part `train` are the classes, in ascending order, and the map is logged if it changes anything.
+    Labels are numbers or names, see `plain_label` and `class_numbers`; the classes are those of the
+    part `train`.
 
     Raises:
         UserError: no image of `train` has a label, or another part has a class that `train` lacks.
     """
-    values = {part: [_plain(value) for value in labels] for part, labels in parts.items()}
-    numeric = all(value is None or _is_number(value) for some in values.values() for value in some)
-    known: dict[str, int]
-    if numeric:
-        values = {
-            part: [None if v is None or int(v) == UNLABELED else str(int(v)) for v in some]
-            for part, some in values.items()
-        }
-    present = {value for value in values["train"] if value is not None}
+    try:
+        texts = {part: [plain_label(value) for value in values] for part, values in parts.items()}
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    firsts: dict[str, dict[str, str]] = {"train": {}, "others": {}}
+    for part, values in texts.items():
+        first = firsts["train" if part == "train" else "others"]
+        for row, text in enumerate(values):
+            if text is not None and text not in first:
+                first[text] = f"image {row} of the {part} part"
+    names, numbers = class_numbers(firsts["train"], firsts["others"], names)
+    return names, {
+        part: np.array([UNLABELED if v is None else numbers[v] for v in values], np.int64)
+        for part, values in texts.items()
+    }
+
+
+def class_numbers(
+    training: Mapping[str, str], others: Mapping[str, str], names: Sequence[str] | None
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Returns the names of the classes, and label -> class number, -1 for a label that is none.
+
+    Args:
+        training: the labels of training images, each with the first image that has it, for messages:
+            without `names` they are the classes, in ascending order, and the map is logged if it
+            changes anything.
+        others: those of other images.
+        names: of the classes; labels that are numbers are places in it.
+
+    Raises:
+        UserError: there are no labels, or there is one of no class.
+    """
+    numeric = all(map(_is_number, (*training, *others)))
+    present = [label for label in training if not (numeric and int(label) == UNLABELED)]
     if not present:
         raise UserError("no image has a label: give labels, or these images by --unlabeled")
-    if names is not None and numeric:
-        known = {str(number): number for number in range(len(names))}
-    elif names is not None:
-        known = {name: number for number, name in enumerate(names)}
+    if names is None:
+        if numeric:  # so that 07 is 7
+            names = [str(number) for number in sorted(set(map(int, present)))]
+        else:
+            names = sorted(present)
+        if list(names) != [str(number) for number in range(len(names))]:
+            shown = ", ".join(f"{n} = {name}" for n, name in enumerate(names[:SHOWN]))
+            more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            log.info(f"{plural(len(names), 'class')}: {shown}{more}")
+        classes = {name: number for number, name in enumerate(names)}
+    elif numeric:
+        classes = {str(number): number for number in range(len(names))}
     else:
-        classes = sorted(present, key=lambda value: (int(value) if numeric else 0, value))
-        known = {value: number for number, value in enumerate(classes)}
-        names = classes
-        if not numeric or classes != [str(number) for number in range(len(classes))]:
-            shown = ", ".join(f"{n} = {name}" for n, name in enumerate(classes[:SHOWN]))
-            more = f", and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
-            log.info(f"{plural(len(classes), 'class')}: {shown}{more}")
-    numbered = {}
-    for part, some in values.items():
-        for row, value in enumerate(some):
-            if value is not None and value not in known:
-                raise UserError(
-                    f"image {row} of the {part} part has the label {value!r}, which is none of the"
-                    f" {len(known)} classes, {', '.join(list(known)[:SHOWN])}"
-                )
-        numbers = [UNLABELED if value is None else known[value] for value in some]
-        numbered[part] = np.array(numbers, np.int64)
-    return tuple(names), numbered
-
-
-def _plain(value: object) -> str | None:
-    """Returns a label as text, None for no label."""
-    if isinstance(value, (list, tuple, np.ndarray)) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, bytes):
-        value = value.decode(errors="replace")
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = str(value).strip()
-    return text or None
+        classes = {name: number for number, name in enumerate(names)}
+    numbers = {}
+    for label, first in {**others, **training}.items():
+        number = classes.get(str(int(label)) if numeric else label)
+        if number is None and not (numeric and int(label) == UNLABELED):
+            raise UserError(
+                f"{first} has the label {label!r}, which is none of the {len(names)} classes"
+                f" ({', '.join(list(classes)[:SHOWN])}): give labeled training images of it, or a"
+                " name for it among those of the classes"
+            )
+        numbers[label] = UNLABELED if number is None else number
+    return tuple(names), numbers
 
 
 def _is_number(text: str) -> bool:

@@ -7,14 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from sgan_dist.data.order import Int64s
-from sgan_dist.data.prepare.sources.source import (
-    UNLABELED,
-    Bytes,
-    Columns,
-    Part,
-    Source,
-    array_part,
-)
+from sgan_dist.data.prepare.sources.source import Bytes, Columns, Part, Source, array_part
+from sgan_dist.data.records import UNLABELED
 from sgan_dist.errors import UserError
 
 IMAGE = (3, 96, 96)  # stored as channel, column, row

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sgan_dist.data.prepare.sources.source import UNLABELED, Columns, Part, Source, array_part
+from sgan_dist.data.prepare.sources.source import Columns, Part, Source, array_part
+from sgan_dist.data.records import UNLABELED
 from sgan_dist.errors import UserError
 
 DIGITS = tuple("0123456789")
