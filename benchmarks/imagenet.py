@@ -1,4 +1,4 @@
-"""A simulated ImageNet: preparation and index rates, memory in training, and the cost of a step's order.
+"""A simulated ImageNet: rates of indexing and preparing, memory in training, the cost of an order.
 
     python benchmarks/imagenet.py FOLDER [--images 1281167] [--size 64]
 

@@ -97,7 +97,7 @@ def test_every_entry_trains_the_same(digits: Path, tmp_path: Path) -> None:
 
 
 def test_a_wrong_command_line_is_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for line in ([], ["trian"], ["prepare"], ["index", "a.tar"], ["compare"], ["slurm"]):
+    for line in ([], ["trian"], ["index", "a.tar"], ["compare"], ["slurm"]):
         with pytest.raises(SystemExit) as end:
             main(line)
         assert end.value.code == 2 and "usage: sgan-dist" in capsys.readouterr().err, line
