@@ -277,9 +277,13 @@ def _shard_jobs(root: Path, splits: dict[str, Rows], form: _Format) -> Iterator[
 
 def _gather(pool: Pool, rows: Int64s) -> Bytes:
     """Returns images of a pool, which is read in its own order, since it may lie on a disk."""
+    source = pool.images
+    if isinstance(source, np.memmap) and source.filename is not None:
+        # mapped anew, so that what was read does not stay resident
+        source = np.memmap(source.filename, np.uint8, "r", source.offset, source.shape)
     order = np.argsort(rows)
-    images = np.empty((len(rows), *pool.images.shape[1:]), np.uint8)
-    images[order] = pool.images[rows[order]]
+    images = np.empty((len(rows), *source.shape[1:]), np.uint8)
+    images[order] = source[rows[order]]
     return images
 
 
