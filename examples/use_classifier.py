@@ -2,15 +2,17 @@
 
     python examples/use_classifier.py runs/digits/classifier.safetensors digit.png other.png
 
-Prints the class and its probability for each file. Images of another size are scaled.
+Prints the class and its probability for each file. Images of another size
+are scaled and cropped as `sgan-dist prepare --image_size` does it.
 """
 
 import sys
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from sgan_dist import UserError, load_classifier
+from sgan_dist.data.images import decode
 
 
 def main() -> None:
@@ -22,16 +24,12 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     channels, height, width = classifier.image_chw
-    images = np.stack([read(file, channels, height, width) for file in files])
-    probabilities = classifier.predict(images)  # uint8 (n, H, W, C) -> (n, N)
+    images = [
+        decode(Path(file).read_bytes(), (height, width, channels), "shorter") for file in files
+    ]
+    probabilities = classifier.predict(np.stack(images))  # uint8 (n, H, W, C) -> (n, N)
     for file, p in zip(files, probabilities, strict=True):
         print(f"{file}: {classifier.class_names[int(p.argmax())]} ({float(p.max()):.1%})")
-
-
-def read(file: str, channels: int, height: int, width: int) -> np.ndarray:
-    """An image file as uint8 (H, W, C)."""
-    image = Image.open(file).convert("L" if channels == 1 else "RGB").resize((width, height))
-    return np.asarray(image).reshape(height, width, channels)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,18 @@ Imports nothing heavy: signal handlers are installed before torch is loaded, and
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
-import io
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgan_dist import __version__
 from sgan_dist.errors import OutOfMemory, StopRequested, TransientError, UserError
 from sgan_dist.parallel import launcher
-from sgan_dist.run import stopping
+from sgan_dist.run import console, stopping
 
 if TYPE_CHECKING:
     from sgan_dist.config import Config
@@ -33,7 +30,7 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = "digits"
 SOURCES = (
     "digits, mnist, fashion-mnist, or KIND:PLACE, such as folder:photos; kinds are folder, csv, jsonl,"
-    " parquet, arrow, hub, npz, idx, cifar, svhn, stl10"
+    " parquet, arrow, hub, npz, idx, cifar, svhn, stl10, tars"
 )
 INTERRUPTED = {
     "prepare": "interrupted; the same command continues, and no partial dataset was left",
@@ -48,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = launcher.without_local_rank(sys.argv[1:] if argv is None else argv, os.environ)
     if argv[:1] == ["train"]:
         stopping.catch_signals()  # before all else: a signal during the imports must not be lost
-    _outlive_readers()
-    _set_up_logging()
+    console.outlive_readers()
+    console.set_up_logging()
     try:
         launcher.check_variables(os.environ)
     except UserError as error:  # not by _log_error: there may be no rank 0
@@ -308,8 +305,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     )
     add("--resize", choices=("shorter", "exact"), default="shorter", help="how they get it")
     add("--gray", action="store_true", help="with --image_size: one channel")
-    add("--image_column", help="of tables: where the images are")
-    add("--label_column", help="of tables: where the labels are")
+    add("--image_column", help="of tables: where the images are; of tars: their extension")
+    add("--label_column", help="of tables: where the labels are; of tars: cls, json:KEY, folder")
     add("--fold", type=int, help="of STL-10: the 1,000 images that may be labeled, 0 to 9")
     add("--jobs", type=int, help="processes (default: one per core)")
     add("--layout", choices=("packed", "per-sample"), help="default: packed up to 64 pixels")
@@ -349,58 +346,3 @@ def _log_error(line: str) -> None:
     """Logs a line on rank 0 alone: every rank has the same error."""
     if launcher.is_main_process(os.environ):
         log.error(line)
-
-
-class _Handler(logging.Handler):
-    """Plain lines on stderr, above a progress bar: all those of rank 0, warnings of other ranks."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        if launcher.is_main_process(os.environ) or record.levelno >= logging.WARNING:
-            tqdm.write(self.format(record), file=sys.stderr)
-            sys.stderr.flush()
-
-
-class _Output(io.TextIOWrapper):
-    """Standard output or error, which a command outlives: its reader may end, as `head` does."""
-
-    def write(self, text: str) -> int:
-        with self._surviving():
-            return super().write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._surviving():
-            super().flush()
-
-    @contextlib.contextmanager
-    def _surviving(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe, a terminal
-                raise
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())
-            os.close(nowhere)
-
-
-def _outlive_readers() -> None:
-    """Lets a run continue where nobody reads its output any more, or where that is closed."""
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:  # `2>&-`: the next file would take its place
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-        stream = getattr(sys, name)
-        if stream is None or stream is getattr(sys, f"__{name}__"):
-            raw = open(number, "wb", closefd=False)
-            setattr(sys, name, _Output(raw, write_through=number == 2, line_buffering=True))
-
-
-def _set_up_logging() -> None:
-    logger = logging.getLogger("sgan_dist")
-    logger.handlers = [_Handler()]
-    logger.propagate = False
-    logger.setLevel(logging.INFO)

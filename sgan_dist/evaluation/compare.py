@@ -14,6 +14,7 @@ import pandas as pd
 
 from sgan_dist.config import POOLED, SETTINGS, Config, load
 from sgan_dist.config.identity import dotted, flatten
+from sgan_dist.data.remote.urls import redact_url
 from sgan_dist.errors import UserError, plural
 from sgan_dist.evaluation.plots import Point, duration, plot_lines, svg
 from sgan_dist.files import write_whole
@@ -123,7 +124,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Config]:
         "trained_on": summary.get("trained_on", UNKNOWN),
         **{k: str(v) if isinstance(v, list | dict) else v for k, v in settings.items()},
         # draws of labels from one source have a root each; without a source the root is the dataset
-        "data.source": config.data.source or config.data.root,
+        "data.source": config.data.source or redact_url(config.data.root),
         **figures,
     }
     return values, config

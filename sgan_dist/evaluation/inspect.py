@@ -14,7 +14,7 @@ from PIL import Image
 from sgan_dist.config import RemoteConfig
 from sgan_dist.data.index import SPLITS, DatasetIndex, load_index
 from sgan_dist.data.known_labels import read_known_labels
-from sgan_dist.data.prepare.folder import SKIPPED
+from sgan_dist.data.prepare.folder import SKIPPED, Skipped, read_skipped
 from sgan_dist.data.remote.cache import Storage
 from sgan_dist.data.stream import read_split
 from sgan_dist.errors import UserError, plural
@@ -35,7 +35,7 @@ def inspect(root: Path) -> str:
     """
     index = load_index(root)
     known = read_known_labels(root, index)
-    skipped = _skipped(root)
+    skipped = read_skipped(root)
     rows = _rows(index, known)
     sheets = {
         "labeled": _sheets(root, index, "labeled"),
@@ -67,13 +67,6 @@ def _rows(index: DatasetIndex, known: NDArray[np.int64] | None) -> list[tuple[st
         (name, [f"{counts[split][i]:,}" if counts[split] else "" for split in SPLITS])
         for i, name in enumerate(index.class_names)
     ]
-
-
-def _skipped(root: Path) -> list[list[str]]:
-    path = root / SKIPPED
-    if not path.exists():
-        return []
-    return [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _sheets(root: Path, index: DatasetIndex, split: str) -> list[tuple[str, str]]:
@@ -111,7 +104,7 @@ def _sheet(images: list[NDArray[np.uint8]]) -> str:
 
 
 def _text(
-    index: DatasetIndex, rows: list[tuple[str, list[str]]], skipped: list[list[str]]
+    index: DatasetIndex, rows: list[tuple[str, list[str]]], skipped: list[Skipped]
 ) -> list[str]:
     height, width, channels = index.image_hwc
     lines = [

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sgan_dist.config import Config, load
 from sgan_dist.data.index import DatasetIndex, load_index
 from sgan_dist.data.remote.cache import Storage
+from sgan_dist.data.remote.urls import redact_url
 from sgan_dist.data.stream import open_storage, read_split
 from sgan_dist.errors import UserError
 from sgan_dist.evaluation.classifier import Classifier, load_classifier
@@ -243,7 +244,7 @@ def _classifier_and_index(run: Path, config: Config) -> tuple[Classifier, Datase
     index = load_index(config.data.root, config.remote)
     if index.class_names != classifier.class_names:
         raise UserError(
-            f"{config.data.root} has the classes {', '.join(index.class_names)}, and the classifier"
-            f" has {', '.join(classifier.class_names)}: give its own dataset with --data"
+            f"{redact_url(config.data.root)} has the classes {', '.join(index.class_names)}, and the"
+            f" classifier has {', '.join(classifier.class_names)}: give its own dataset with --data"
         )
     return classifier, index

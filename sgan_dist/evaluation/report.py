@@ -22,6 +22,7 @@ from PIL import Image
 from sgan_dist import checkpoint
 from sgan_dist.config import Config, load
 from sgan_dist.data.index import load_index
+from sgan_dist.data.remote.urls import redact_url
 from sgan_dist.data.stream import open_storage
 from sgan_dist.errors import UserError
 from sgan_dist.evaluation import plots
@@ -74,9 +75,10 @@ def make_report(run: str | os.PathLike[str], data: str | None = None) -> Path:
         undefined=StrictUndefined,
     )
     environment.filters |= {"percent": percent, "duration": duration, "thousands": "{:,}".format}
+    config_text = (run / "config.yaml").read_text()
     page = environment.get_template("report.html.j2").render(
         config=config,
-        config_text=(run / "config.yaml").read_text(),
+        config_text=config_text.replace(config.data.root, redact_url(config.data.root)),
         path=run.absolute(),
         summary=summary,
         step=step,
@@ -213,7 +215,8 @@ def _evaluate(run: Path, config: Config, summary: dict[str, Any]) -> dict[str, A
         classifier = Classifier.from_state(state["average"], config, index)
     if index.fingerprint != trained_on:
         raise UserError(
-            f"{config.data.root} is not the dataset that {run} was trained on: give that with --data"
+            f"{redact_url(config.data.root)} is not the dataset that {run} was trained on: give"
+            " that with --data"
         )
     with open_storage(config) as storage:
         (counts,) = count_predictions([classifier], index, storage, split)

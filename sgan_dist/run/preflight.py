@@ -16,7 +16,7 @@ from sgan_dist.data.order import WindowedOrder, lane_cut, lane_length
 from sgan_dist.data.prepare.shards import prepare
 from sgan_dist.data.prepare.sources import source_name
 from sgan_dist.data.prepare.splits import Labels
-from sgan_dist.data.remote.urls import is_remote
+from sgan_dist.data.remote.urls import is_remote, redact_url
 from sgan_dist.data.stream import window_samples
 from sgan_dist.errors import UserError, plural
 from sgan_dist.gan.gate import check_networks
@@ -127,7 +127,7 @@ def dataset(config: Config) -> DatasetIndex:
     for key, (prepared, configured) in settings.items():
         if prepared != configured:
             raise UserError(
-                f"{data.root} was prepared with {key} {prepared}, and the config asks for"
+                f"{redact_url(data.root)} was prepared with {key} {prepared}, and the config asks for"
                 f" {configured}: give another --data.root, or set {key} to {prepared}"
             )
     return index

@@ -21,7 +21,7 @@ from filelock import Timeout
 
 from sgan_dist import __version__
 from sgan_dist.config import Config, find_config, load, save
-from sgan_dist.data.remote.urls import is_remote
+from sgan_dist.data.remote.urls import is_remote, redact_url
 from sgan_dist.errors import TransientError, UserError, plural
 from sgan_dist.files import locked, write_whole
 from sgan_dist.parallel.engine import Backend
@@ -71,7 +71,10 @@ def claim(config: Config) -> Iterator[None]:
         try:
             run.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(run / LOCK, timeout=0))
-            save(dataclasses.replace(config, data=data), run / "config.yaml")
+            path = run / "config.yaml"
+            if data.root != redact_url(data.root):  # it holds the signed URL of the dataset
+                path.touch(mode=0o600)
+            save(dataclasses.replace(config, data=data), path)
             for mark in ("DONE", "FAILED"):
                 (run / mark).unlink(missing_ok=True)
         except Timeout as error:

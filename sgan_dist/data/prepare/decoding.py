@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from sgan_dist.data.images import Resize, decode, fit, header
 from sgan_dist.data.order import Int64s
+from sgan_dist.data.prepare.folder import SKIPPED, Skipped
 from sgan_dist.data.prepare.processes import map_in_processes
 from sgan_dist.data.prepare.sources.source import CHUNK, Bytes, Chunk, Encoded, Part, Source
 from sgan_dist.data.records import UNLABELED
@@ -99,8 +100,8 @@ def must_decode(source: Source, rules: PixelRules) -> bool:
 @contextlib.contextmanager
 def decoded(
     source: Source, rules: PixelRules, folder: Path, request: str, jobs: int | None, progress: bool
-) -> Iterator[tuple[dict[str, Pool], list[str]]]:
-    """Yields the decoded parts, and a line for each image that could not be decoded.
+) -> Iterator[tuple[dict[str, Pool], list[Skipped]]]:
+    """Yields the decoded parts, and the images that could not be decoded.
 
     `train` includes the source's further unlabeled images. What is decoded stays in `folder` until the
     block has ended without an error, for the same request.
@@ -121,42 +122,40 @@ def decoded(
     work = {name: _jobs(folder, name, some, rules) for name, some in parts.items() if some}
     total = sum(len(part.labels) for some in parts.values() for part in some)
     skips = _run([job for some in work.values() for job in some], total, jobs, progress)
-    pools, lines = {}, []
+    pools: dict[str, Pool] = {}
+    skipped: list[Skipped] = []
     for name, some in parts.items():
         if not some:
             continue
-        rows = np.concatenate([np.arange(len(part.labels)) for part in some])
-        owner = np.repeat(np.arange(len(some)), [len(part.labels) for part in some])
-        bad = []
-        for job in work[name]:
-            for row, why in skips[job.done]:
-                bad.append(job.first + row)
-                part = some[owner[bad[-1]]]
-                lines.append(f"{name}\t{part.name(int(rows[bad[-1]]))}\t{why}")
-        good = np.setdiff1d(np.arange(len(rows)), bad)
-        if not len(good):
+        names = [part.name(row) for part in some for row in range(len(part.labels))]
+        bad = {job.first + row: why for job in work[name] for row, why in skips[job.done]}
+        skipped += [Skipped(name, names[row], why) for row, why in bad.items()]
+        if len(bad) == len(names):
+            last = skipped[-1]
             raise UserError(
-                f"none of the {len(rows)} {name} images of {source.name} can be decoded; the last is"
-                f" {' ('.join(lines[-1].split(chr(9))[1:])}): check these files"
+                f"none of the {len(names)} {name} images of {source.name} can be decoded; the last is"
+                f" {last.name} ({last.why}): check these files"
             )
-        labels = [
-            p.labels if p is not source.unlabeled else np.full_like(p.labels, UNLABELED)
-            for p in some
-        ]
-        images = np.memmap(
-            folder / f"{name}.u8", np.uint8, "r", shape=(len(rows), *rules.image_hwc)
-        )
+        shape = (len(names), *rules.image_hwc)
         known = np.concatenate([part.known for part in some])
-        pools[name] = Pool(images, np.concatenate(labels), known, good)
-    if lines:
-        shown = "; ".join(
-            f"{n} ({why})" for _, n, why in (line.split("\t") for line in lines[:SKIPS_SHOWN])
+        labels = known.copy()
+        labels[: len(some[0].labels)] = some[
+            0
+        ].labels  # those of further unlabeled images are not used
+        labels[len(some[0].labels) :] = UNLABELED
+        pools[name] = Pool(
+            images=np.memmap(folder / f"{name}.u8", np.uint8, "r", shape=shape),
+            labels=labels,
+            known=known,
+            good=np.setdiff1d(np.arange(len(names)), list(bad)),
         )
+    if skipped:
+        shown = "; ".join(f"{skip.name} ({skip.why})" for skip in skipped[:SKIPS_SHOWN])
         log.warning(
-            f"{plural(len(lines), 'image')} of {total} cannot be decoded and are left out: {shown}"
-            f"{', ...' if len(lines) > SKIPS_SHOWN else ''}; skipped.tsv names all"
+            f"{plural(len(skipped), 'image')} of {total} cannot be decoded and are left out: {shown}"
+            f"{', ...' if len(skipped) > SKIPS_SHOWN else ''}; {SKIPPED} names all"
         )
-    yield pools, lines
+    yield pools, skipped
     shutil.rmtree(folder)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import Timeout
 
@@ -14,9 +16,35 @@ from sgan_dist.data.index import INDEX_NAME, DatasetIndex, load_index
 from sgan_dist.errors import UserError, plural
 from sgan_dist.files import locked
 
-SKIPPED = "skipped.tsv"  # place, name and reason of each image that could not be decoded
+SKIPPED = "skipped.tsv"
 
 log = logging.getLogger(__name__)
+
+
+class Skipped(NamedTuple):
+    """An image that could not be decoded: the part or tar that it is in, its name, the reason."""
+
+    place: str
+    name: str
+    why: str
+
+
+def write_skipped(root: Path, skipped: Sequence[Skipped]) -> None:
+    """Writes skipped.tsv, if any image was skipped."""
+    if skipped:
+        with open(
+            root / SKIPPED, "w", encoding="utf-8", errors="surrogateescape", newline=""
+        ) as file:
+            csv.writer(file, "excel-tab").writerows(skipped)
+
+
+def read_skipped(root: Path) -> list[Skipped]:
+    """Returns the images that a dataset's preparation has skipped."""
+    path = root / SKIPPED
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return [Skipped(*row) for row in csv.reader(file, "excel-tab")]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,45 +23,39 @@ from sgan_dist.data.index import (
     ORDERS,
     SPLITS,
     DatasetIndex,
-    Shard,
-    SplitIndex,
     load_index,
-    order_for,
     save,
-    sidecar_name,
     with_fingerprint,
 )
 from sgan_dist.data.known_labels import write_known_labels
-from sgan_dist.data.order import ORDER_VERSION, Int64s
-from sgan_dist.data.prepare.folder import SKIPPED, dataset_folder, warn_of_absent_classes
+from sgan_dist.data.order import ORDER_VERSION
+from sgan_dist.data.prepare.folder import (
+    Skipped,
+    dataset_folder,
+    warn_of_absent_classes,
+    write_skipped,
+)
 from sgan_dist.data.prepare.patterns import expand
 from sgan_dist.data.prepare.scan import (
-    KEY_BITS,
     SCANNED,
     ScanJob,
     Scans,
     describe_record,
-    samples_file,
     scan_all,
     scan_warnings,
 )
-from sgan_dist.data.prepare.sources.source import class_numbers
-from sgan_dist.data.records import UNLABELED
+from sgan_dist.data.prepare.selection import (
+    classes_of,
+    select,
+    shard_name,
+    split_index,
+    write_sidecars,
+)
 from sgan_dist.data.remote.secret import write_secrets
 from sgan_dist.data.remote.urls import is_remote, redact_url
 from sgan_dist.errors import UserError, plural
-from sgan_dist.files import npy_bytes, write_whole
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Selected:
-    """The samples of one shard that belong to a split: int64 (n, 3), place and size of the image in
-    bytes, and class number or -1."""
-
-    job: ScanJob
-    samples: Int64s
 
 
 def index_shards(
@@ -153,10 +146,12 @@ def index_shards(
         by_location = {job.location: job for job in scans}
         split_jobs = {s: [by_location[at] for at in some] for s, some in locations.items()}
         image_hwc = _image_hwc(scans, split_jobs, image_size, gray)
-        classes, numbers = _classes(scans, split_jobs, names)
-        selected = _select(out, scans, split_jobs, numbers, fractions)
-        shards = {split: _write(out, split, selected[split], scans) for split in SPLITS}
-        splits = {s: _split(s, selected[s], shards[s], classes, image_hwc, order) for s in SPLITS}
+        classes, numbers = classes_of(scans, split_jobs, names)
+        selected = select(out, scans, split_jobs, numbers, fractions)
+        shards = {split: write_sidecars(out, split, selected[split], scans) for split in SPLITS}
+        splits = {
+            s: split_index(s, selected[s], shards[s], classes, image_hwc, order) for s in SPLITS
+        }
         index = with_fingerprint(
             DatasetIndex(
                 **splits,
@@ -175,14 +170,11 @@ def index_shards(
         )
         known = [some.samples[:, 2] for some in selected["unlabeled"]]
         write_known_labels(out, np.concatenate(known))
-        skips = [
-            f"{job.name}\t{key}\t{why}\n"
-            for job, scan in scans.items()
-            for key, why in scan.skipped
+        skipped = [
+            Skipped(job.name, key, why) for job, scan in scans.items() for key, why in scan.skipped
         ]
-        if skips:
-            write_whole(out / SKIPPED, "".join(skips))
-        write_secrets(out, {_name(out, location): location for location in every})
+        write_skipped(out, skipped)
+        write_secrets(out, {shard_name(out, location): location for location in every})
         save(index, out)
         shutil.rmtree(out / SCANNED, ignore_errors=True)
     for line in (*scan_warnings(scans), *_index_warnings(index)):
@@ -196,19 +188,8 @@ def _renew(out: Path, locations: Mapping[str, Sequence[str]]) -> DatasetIndex:
     index = load_index(out)
     _check_shards(index, locations, out)
     every = dict.fromkeys(location for split in locations.values() for location in split)
-    write_secrets(out, {_name(out, location): location for location in every})
+    write_secrets(out, {shard_name(out, location): location for location in every})
     return index
-
-
-def _name(out: Path, location: str) -> str:
-    """Returns a shard's name in the index: without secrets, and relative if it lies beside the index.
-
-    So the folder that holds both can be moved, and served.
-    """
-    if is_remote(location):
-        return redact_url(location)
-    path = Path(location)
-    return os.path.relpath(path, out) if path.is_relative_to(out.parent) else location
 
 
 def _check_options(
@@ -240,7 +221,7 @@ def _read_class_names(path: Path) -> tuple[str, ...]:
 def _check_shards(index: DatasetIndex, locations: Mapping[str, Sequence[str]], out: Path) -> None:
     """Raises UserError unless an existing index holds the shards that the patterns match now."""
     for split, some in locations.items():
-        names = {_name(out, location) for location in some}
+        names = {shard_name(out, location) for location in some}
         indexed = {shard.name for shard in index.split(split).shards}
         # shards without a sample of the split are not in it
         if not indexed <= names or (split == "unlabeled" and indexed != names):
@@ -291,107 +272,6 @@ def _image_hwc(
 def _describe_shape(image_hwc: list[int]) -> str:
     height, width, channels = image_hwc
     return f"{height} x {width} ({'gray' if channels == 1 else 'color'})"
-
-
-def _classes(
-    scans: Scans, split_jobs: Mapping[str, Sequence[ScanJob]], names: tuple[str, ...] | None
-) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Returns the names of the classes, and the class number of each label."""
-    firsts: dict[str, dict[str, str]] = {}
-    for split, jobs in split_jobs.items():
-        firsts[split] = {}
-        for job in jobs:
-            for label, key in zip(scans[job].labels, scans[job].label_keys, strict=True):
-                firsts[split].setdefault(label, f"{split} {describe_record(job, key)}")
-    for split, first in firsts.items():
-        if not first and split != "unlabeled":
-            job = split_jobs[split][0]
-            raise UserError(
-                f"no record of the {split} shards has a label, such as {job.name}: labels are read from"
-                f" {job.label}; --label names another place"
-            )
-    others = firsts.get("validation", {}) | firsts.get("test", {})
-    classes, numbers = class_numbers(firsts["labeled"], others, names)
-    return classes, dict.fromkeys(firsts["unlabeled"], UNLABELED) | numbers
-
-
-def _select(
-    out: Path,
-    scans: Scans,
-    split_jobs: Mapping[str, Sequence[ScanJob]],
-    numbers: Mapping[str, int],
-    fractions: Mapping[str, float],
-) -> dict[str, list[Selected]]:
-    """Returns the samples of each split by shard; the cut ones are in no training split."""
-    test, validation = fractions["test"], fractions["validation"]
-    selected: dict[str, list[Selected]] = {split: [] for split in SPLITS}
-
-    def add(split: str, job: ScanJob, rows: Int64s) -> None:
-        if len(rows):
-            selected[split].append(Selected(job, rows[:, :3]))
-
-    labeled_jobs = set(split_jobs["labeled"])
-    for split, jobs in split_jobs.items():
-        for job in jobs:
-            rows = np.load(samples_file(out, job))
-            table = np.array(
-                [*(numbers[label] for label in scans[job].labels), UNLABELED], np.int64
-            )
-            rows[:, 2] = table[rows[:, 2]]
-            has_label = rows[:, 2] != UNLABELED
-            place = rows[:, 3] / 2**KEY_BITS
-            is_test = has_label & (place < test) & (job in labeled_jobs)
-            is_valid = has_label & (place < test + validation) & (job in labeled_jobs) & ~is_test
-            kept = ~(is_test | is_valid)
-            add(split, job, rows[kept if split == "unlabeled" else kept & has_label])
-            if split == "labeled":
-                add("test", job, rows[is_test])
-                add("validation", job, rows[is_valid])
-    for split, some in selected.items():
-        if not some:
-            raise UserError(f"no record is left for the {split} split: give more labeled records")
-    return selected
-
-
-def _write(out: Path, split: str, selected: Sequence[Selected], scans: Scans) -> tuple[Shard, ...]:
-    """Writes the sidecars of a split, and returns its shards."""
-    shutil.rmtree(out / split, ignore_errors=True)  # of a run that was killed right here
-    (out / split).mkdir()
-    shards = []
-    for number, some in enumerate(selected):
-        sidecar = npy_bytes(some.samples)
-        write_whole(out / sidecar_name(split, number), sidecar, fsync=True)
-        scan = scans[some.job]
-        shards.append(
-            Shard(
-                _name(out, some.job.location),
-                len(some.samples),
-                scan.bytes,
-                scan.sha256,
-                len(sidecar),
-                hashlib.sha256(sidecar).hexdigest(),
-            )
-        )
-    return tuple(shards)
-
-
-def _split(
-    split: str,
-    selected: Sequence[Selected],
-    shards: tuple[Shard, ...],
-    classes: tuple[str, ...],
-    image_hwc: tuple[int, int, int],
-    order: str,
-) -> SplitIndex:
-    samples = sum(shard.samples for shard in shards)
-    forced = split == "unlabeled" and order != "auto"
-    split_order = order if forced else order_for(samples, image_hwc)
-    histogram = np.zeros(len(classes), np.int64)
-    if split != "unlabeled":
-        for some in selected:
-            histogram += np.bincount(some.samples[:, 2], minlength=len(classes))
-    counts = () if split == "unlabeled" else tuple(histogram.tolist())
-    return SplitIndex("per-sample", split_order, 1, samples, counts, shards)
 
 
 def _index_warnings(index: DatasetIndex) -> list[str]:

@@ -46,7 +46,12 @@ from sgan_dist.data.prepare.decoding import (
     pixel_rules,
     pools_of_arrays,
 )
-from sgan_dist.data.prepare.folder import SKIPPED, dataset_folder, warn_of_absent_classes
+from sgan_dist.data.prepare.folder import (
+    Skipped,
+    dataset_folder,
+    warn_of_absent_classes,
+    write_skipped,
+)
 from sgan_dist.data.prepare.processes import map_in_processes
 from sgan_dist.data.prepare.sources import content_hash, load_source, with_parts
 from sgan_dist.data.prepare.sources.source import Bytes, Columns
@@ -143,7 +148,7 @@ def prepare(
         if existing is not None:
             return existing
         with contextlib.ExitStack() as stack:
-            skipped: list[str] = []
+            skipped: list[Skipped] = []
             if splits is None:
                 folder = out.with_name(f".{out.name}.decoded")
                 images = decoded(source, rules, folder, request, jobs, progress)
@@ -171,8 +176,7 @@ def prepare(
                     decode_version=1,  # none of these images is turned, scaled or converted
                 )
             )
-            if skipped:
-                write_whole(partial / SKIPPED, "".join(f"{line}\n" for line in skipped))
+            write_skipped(partial, skipped)
             save(index, partial)
     warn_of_absent_classes(index)
     return index

@@ -7,6 +7,7 @@ set gives the same splits from any source. Validation and test are the same for 
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,8 @@ class Labels:
         """Returns the choice in words."""
         per_class = self.resolved(source)
         if self.file is not None:
-            return f"labels of {self.file.name} {self.file.stat().st_mtime_ns}"
+            content = hashlib.sha256(repr(read_lines(self.file)).encode()).hexdigest()
+            return f"labels of {self.file.name} (content {content[:12]})"
         if self.fraction is not None:
             return f"{self.fraction:g} of the labels, label seed {self.seed}"
         if per_class is None:

@@ -104,14 +104,13 @@ def fetch(
             Denied, and TransientError if all attempts failed. The message names the location.
         Stopped: `stop` was set.
     """
+    stop, shown = stop or threading.Event(), redact_url(location)
     if not is_remote(location):
-        raise UserError(
-            f"{redact_url(location)} is not a remote location: use one of {' '.join(PREFIXES)}"
-        )
-    stop = stop or threading.Event()
-    shown = redact_url(location)
+        raise UserError(f"{shown} is not a remote location: use one of {' '.join(PREFIXES)}")
 
     def attempt() -> None:
+        if stop.is_set():
+            raise Stopped
         temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}")
         try:
             temporary.touch()
@@ -133,7 +132,7 @@ def fetch(
             retry=tenacity.retry_if_exception_type(_Retry),
             stop=tenacity.stop_after_attempt(remote.tries),
             wait=_pause,
-            sleep=lambda seconds: _sleep(stop, seconds),
+            sleep=tenacity.sleep_using_event(stop),
             before_sleep=warn,
             reraise=True,
         )(attempt)
@@ -163,11 +162,6 @@ def _pause(state: tenacity.RetryCallState) -> float:
     failure = state.outcome.exception() if state.outcome is not None else None
     wanted = failure.wait if isinstance(failure, _Retry) else 0.0
     return min(max(jitter, wanted), LONGEST_WAIT_SECONDS)
-
-
-def _sleep(stop: threading.Event, seconds: float) -> None:
-    if stop.wait(seconds):
-        raise Stopped
 
 
 def read(location: str, remote: RemoteConfig) -> bytes | None:

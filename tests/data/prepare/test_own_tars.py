@@ -253,3 +253,28 @@ def test_index_expire_renew_resume(
     for path in (*tmp_path.rglob("*"),):
         if path.is_file() and path.name != "secrets.json":
             assert not secrets.search(path.read_bytes()), path
+
+
+def test_a_signed_root_is_not_shown(
+    tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index_shards(**request(tars, tmp_path / "out"))
+    run = tmp_path / "run"
+    with http_server(tmp_path) as server:
+        root = f"{server.url.replace('//', '//user:pass%40word@')}/out?sig=FIRST"
+        line = [
+            "train", "--config=digits", f"--data.root={root}", "--data.source=null",
+            "--batch.labeled=6", "--batch.unlabeled=6", "--batch.fake=6", "--train.steps=1",
+            f"--run_dir={run}", f"--remote.cache={tmp_path / 'cache'}", "--tracking.wandb=false",
+        ]  # fmt: skip
+        assert main(line) == 0
+        assert main(["report", str(run)]) == 0
+        assert main(["compare", str(run)]) == 0
+    said = capsys.readouterr()
+    for text in (
+        said.out,
+        said.err,
+        *(path.read_text("latin-1") for path in run.glob("*.[hjc][ts]*")),
+    ):
+        assert not re.search(r"pass(%40|@)word|FIRST", text)
+    assert stat.S_IMODE((run / "config.yaml").stat().st_mode) == 0o600

@@ -28,6 +28,7 @@ KINDS = {
     "cifar": ("cifar", "DIR"),
     "svhn": ("svhn", "DIR"),
     "stl10": ("stl10", "DIR"),
+    "tars": ("tars", "PATTERN"),
 }
 CHOICES = ", ".join([*NAMED_SOURCES, *(f"{kind}:{place}" for kind, (_, place) in KINDS.items())])
 
@@ -78,8 +79,7 @@ def with_parts(source: Source, test: Source | None, unlabeled: Source | None) ->
             raise UserError(f"{source.name} has unlabeled images of its own: leave --unlabeled out")
         part = unlabeled.train
         known = _renumbered(part.known, unlabeled.class_names, source.class_names)
-        none = np.full(len(part.labels), UNLABELED)
-        source = replace(source, unlabeled=replace(part, labels=none, known=known))
+        source = replace(source, unlabeled=replace(part, labels=known, known=known))
     return source
 
 

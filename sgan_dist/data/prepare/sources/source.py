@@ -76,7 +76,7 @@ class Part:
 class Source:
     """Images to make a dataset of; parts other than `train` may be absent.
 
-    `unlabeled` holds further images to train on, without labels.
+    `unlabeled` holds further images to train on; its labels are known ones at most.
     """
 
     class_names: tuple[str, ...]

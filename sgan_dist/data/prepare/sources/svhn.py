@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from sgan_dist.data.prepare.sources.source import Columns, Part, Source, array_part
-from sgan_dist.data.records import UNLABELED
 from sgan_dist.errors import UserError
 
 DIGITS = tuple("0123456789")
@@ -23,7 +22,6 @@ def read(folder: str, columns: Columns) -> Source:
     extra = None
     if (path / "extra_32x32.mat").exists():
         extra = _part(path / "extra_32x32.mat")
-        extra = Part(extra.images, np.full(len(extra.images), UNLABELED), extra.known)
     return Source(DIGITS, train, test, unlabeled=extra)
 
 
