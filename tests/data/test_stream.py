@@ -178,7 +178,7 @@ def test_reading_without_the_sidecar(prepared: dict[str, Path], copy: CopyOf, la
     taken = windowed_stream(root, old).take(40)
     assert (taken.images == expected.images).all() and (taken.ids == expected.ids).all()
     labeled = full_stream(root, old, "labeled")
-    assert_labels(labeled.take(3, 0, 8), whole_split(root, index, "labeled")[1])
+    assert_labels(labeled.take(3, 0, 8), whole_split(prepared[layout], index, "labeled")[1])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -99,36 +99,36 @@ def must_decode(source: Source, rules: PixelRules) -> bool:
 
 @contextlib.contextmanager
 def decoded(
-    source: Source, rules: PixelRules, folder: Path, request: str, jobs: int | None, progress: bool
+    source: Source, rules: PixelRules, folder: Path, work: str, jobs: int | None, progress: bool
 ) -> Iterator[tuple[dict[str, Pool], list[Skipped]]]:
     """Yields the decoded parts, and the images that could not be decoded.
 
     `train` includes the source's further unlabeled images. What is decoded stays in `folder` until the
-    block has ended without an error, for the same request.
+    block has ended without an error; the same `work`, in words, continues with it.
 
     Raises:
         UserError: images have several shapes and are not to be resized, or a part has no good image.
     """
-    note = folder / "request"
-    if not note.exists() or note.read_text() != request:
+    note = folder / "work"
+    if not note.exists() or note.read_text() != work:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        write_whole(note, request)
+        write_whole(note, work)
     parts = {
         "train": [part for part in (source.train, source.unlabeled) if part is not None],
         "validation": [source.validation] if source.validation is not None else [],
         "test": [source.test] if source.test is not None else [],
     }
-    work = {name: _jobs(folder, name, some, rules) for name, some in parts.items() if some}
+    all_jobs = {name: _jobs(folder, name, some, rules) for name, some in parts.items() if some}
     total = sum(len(part.labels) for some in parts.values() for part in some)
-    skips = _run([job for some in work.values() for job in some], total, jobs, progress)
+    skips = _run([job for some in all_jobs.values() for job in some], total, jobs, progress)
     pools: dict[str, Pool] = {}
     skipped: list[Skipped] = []
     for name, some in parts.items():
         if not some:
             continue
         names = [part.name(row) for part in some for row in range(len(part.labels))]
-        bad = {job.first + row: why for job in work[name] for row, why in skips[job.done]}
+        bad = {job.first + row: why for job in all_jobs[name] for row, why in skips[job.done]}
         skipped += [Skipped(name, names[row], why) for row, why in bad.items()]
         if len(bad) == len(names):
             last = skipped[-1]

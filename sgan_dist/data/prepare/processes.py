@@ -67,15 +67,24 @@ def map_in_processes(
 
 @contextlib.contextmanager
 def _signals_blocked() -> Generator[None]:
-    """Ctrl-C waits, and is not for the new processes.
+    """Ctrl-C waits, and is not for the new processes, which inherit the mask.
 
-    A terminal sends it to them too, and one that is still importing would print a traceback.
+    A terminal sends it to them too, and one that is still importing would print a traceback, as would
+    one whose start is interrupted here. A library's thread may take the signal in spite of the mask.
     """
+    came: list[int] = []
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+        handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     try:
         yield
     finally:
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def _end_with(lifeline: Connection) -> None:

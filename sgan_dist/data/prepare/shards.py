@@ -134,16 +134,18 @@ def prepare(
         splits = split(source, pools_of_arrays(source), labels, validation)
         if order == "auto":
             unlabeled_order = order_for(len(splits["unlabeled"].rows), rules.image_hwc)
+    content = content_hash(source)
     request = (
-        f"{source.name} (content {content_hash(source)[:12]}), {labels.describe(source)},"
+        f"{source.name} (content {content[:12]}), {labels.describe(source)},"
         f" validation {'as it is' if validation is None else validation}, {form.layout},"
         f" unlabeled order {unlabeled_order}, {form.samples_per_shard} samples per shard"
     )
+    pixels = (
+        f"images {'x'.join(map(str, rules.image_hwc))} by {rules.resize}, decoded by version"
+        f" {DECODE_VERSION}"
+    )
     if decode:
-        request += (
-            f", images {'x'.join(map(str, rules.image_hwc))} by {rules.resize}, decoded by version"
-            f" {DECODE_VERSION}"
-        )
+        request += f", {pixels}"
     with dataset_folder(out, request, "preparing", "nothing half-written was kept") as existing:
         if existing is not None:
             return existing
@@ -151,7 +153,7 @@ def prepare(
             skipped: list[Skipped] = []
             if splits is None:
                 folder = out.with_name(f".{out.name}.decoded")
-                images = decoded(source, rules, folder, request, jobs, progress)
+                images = decoded(source, rules, folder, f"{content} {pixels}", jobs, progress)
                 pools, skipped = stack.enter_context(images)
                 splits = split(source, pools, labels, validation)
             partial = stack.enter_context(_partial_folder(out))
