@@ -283,13 +283,16 @@ def _shard_jobs(root: Path, splits: dict[str, Rows], form: _Format) -> Iterator[
 
 def _gather(pool: Pool, rows: Int64s) -> Bytes:
     """Returns images of a pool, which is read in its own order, since it may lie on a disk."""
-    source = pool.images
-    if isinstance(source, np.memmap) and source.filename is not None:
-        # mapped anew, so that what was read does not stay resident
-        source = np.memmap(source.filename, np.uint8, "r", source.offset, source.shape)
-    order = np.argsort(rows)
+    source, order = pool.images, np.argsort(rows)
     images = np.empty((len(rows), *source.shape[1:]), np.uint8)
-    images[order] = source[rows[order]]
+    if not isinstance(source, np.memmap) or source.filename is None:
+        images[order] = source[rows[order]]
+        return images
+    with open(source.filename, "rb") as file:  # by the map, all of the file would become resident
+        for place in order.tolist():
+            start = source.offset + int(rows[place]) * images[place].nbytes
+            if os.preadv(file.fileno(), [images[place].data], start) != images[place].nbytes:
+                raise UserError(f"{source.filename} was cut short meanwhile: run the command again")
     return images
 
 
