@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,7 @@ from sgan_dist.data.prepare.scan import (
 from sgan_dist.data.prepare.selection import (
     classes_of,
     select,
-    shard_name,
+    shard_names,
     split_index,
     write_sidecars,
 )
@@ -105,7 +105,7 @@ def index_shards(
         UserError: a shard is missing or broken, the shards do not fit together, or `out` holds
             something else. Shards that were scanned are not scanned again.
     """
-    names = None if class_names is None else _read_class_names(Path(class_names))
+    classes = None if class_names is None else _read_class_names(Path(class_names))
     _check_options(image_size, gray, label, order, jobs)
     fractions = {"validation": validation_fraction, "test": test_fraction}
     patterns = dict(zip(SPLITS, (labeled, unlabeled, validation, test), strict=True))
@@ -116,9 +116,10 @@ def index_shards(
             )
     locations = {split: expand(patterns[split], split) for split in SPLITS if patterns[split]}
     out = Path(out).resolve()
+    names = shard_names(out, (location for some in locations.values() for location in some))
     if renew:
-        return _renew(out, locations)
-    digest = hashlib.sha256("\n".join(names or ()).encode()).hexdigest()[:12]
+        return _renew(out, locations, names)
+    digest = hashlib.sha256("\n".join(classes or ()).encode()).hexdigest()[:12]
     request = "; ".join(
         (
             *(f"{split} {' '.join(map(redact_url, patterns[split]))}" for split in locations),
@@ -129,34 +130,35 @@ def index_shards(
             if image_size is None
             else f"images of {image_size[0]} x {image_size[1]} pixels by {resize}",
             *(["gray"] if gray else []),
-            *([] if names is None else [f"{len(names)} named classes {digest}"]),
+            *([] if classes is None else [f"{len(classes)} named classes {digest}"]),
             f"unlabeled order {order}",
         )
     )
     outcome = "the shards that were scanned are kept"
     with dataset_folder(out, request, "indexing", outcome, SCANNED) as existing:
         if existing is not None:
-            _check_shards(existing, locations, out)
+            _check_shards(existing, locations, names, out)
             # a run may have been killed at its very end
             shutil.rmtree(out / SCANNED, ignore_errors=True)
             return existing
         out.mkdir(exist_ok=True)
-        every = dict.fromkeys(location for split in locations.values() for location in split)
-        scans = scan_all(out, _jobs(every, label, image), jobs, remote, progress)
+        scans = scan_all(out, _jobs(names, label, image), jobs, remote, progress)
         by_location = {job.location: job for job in scans}
         split_jobs = {s: [by_location[at] for at in some] for s, some in locations.items()}
         image_hwc = _image_hwc(scans, split_jobs, image_size, gray)
-        classes, numbers = classes_of(scans, split_jobs, names)
+        class_list, numbers = classes_of(scans, split_jobs, classes)
         selected = select(out, scans, split_jobs, numbers, fractions)
-        shards = {split: write_sidecars(out, split, selected[split], scans) for split in SPLITS}
+        shards = {
+            split: write_sidecars(out, split, selected[split], scans, names) for split in SPLITS
+        }
         splits = {
-            s: split_index(s, selected[s], shards[s], classes, image_hwc, order) for s in SPLITS
+            s: split_index(s, selected[s], shards[s], class_list, image_hwc, order) for s in SPLITS
         }
         index = with_fingerprint(
             DatasetIndex(
                 **splits,
                 image_hwc=image_hwc,
-                class_names=classes,
+                class_names=class_list,
                 label=label,
                 resize="none" if image_size is None else resize,
                 source="tars",
@@ -171,24 +173,25 @@ def index_shards(
         known = [some.samples[:, 2] for some in selected["unlabeled"]]
         write_known_labels(out, np.concatenate(known))
         skipped = [
-            Skipped(job.name, key, why) for job, scan in scans.items() for key, why in scan.skipped
+            Skipped(job.shown, key, why) for job, scan in scans.items() for key, why in scan.skipped
         ]
         write_skipped(out, skipped)
-        write_secrets(out, {shard_name(out, location): location for location in every})
+        write_secrets(out, {name: location for location, name in names.items()})
         save(index, out)
         shutil.rmtree(out / SCANNED, ignore_errors=True)
-    for line in (*scan_warnings(scans), *_index_warnings(index)):
+    for line in (*scan_warnings(scans), *_index_warnings(index, fractions)):
         log.warning(line)
     warn_of_absent_classes(index)
     return index
 
 
-def _renew(out: Path, locations: Mapping[str, Sequence[str]]) -> DatasetIndex:
+def _renew(
+    out: Path, locations: Mapping[str, Sequence[str]], names: Mapping[str, str]
+) -> DatasetIndex:
     """Keeps new URLs of a dataset's shards."""
     index = load_index(out)
-    _check_shards(index, locations, out)
-    every = dict.fromkeys(location for split in locations.values() for location in split)
-    write_secrets(out, {shard_name(out, location): location for location in every})
+    _check_shards(index, locations, names, out)
+    write_secrets(out, {name: location for location, name in names.items()})
     return index
 
 
@@ -218,25 +221,30 @@ def _read_class_names(path: Path) -> tuple[str, ...]:
     return names
 
 
-def _check_shards(index: DatasetIndex, locations: Mapping[str, Sequence[str]], out: Path) -> None:
+def _check_shards(
+    index: DatasetIndex,
+    locations: Mapping[str, Sequence[str]],
+    names: Mapping[str, str],
+    out: Path,
+) -> None:
     """Raises UserError unless an existing index holds the shards that the patterns match now."""
     for split, some in locations.items():
-        names = {shard_name(out, location) for location in some}
+        named = {names[location] for location in some}
         indexed = {shard.name for shard in index.split(split).shards}
         # shards without a sample of the split are not in it
-        if not indexed <= names or (split == "unlabeled" and indexed != names):
+        if not indexed <= named or (split == "unlabeled" and indexed != named):
             raise UserError(
                 f"{out} holds another dataset: it was made from [{index.request}], and the patterns"
                 " match other shards now; choose another --out, or remove that folder yourself"
             )
 
 
-def _jobs(locations: Iterable[str], label: str, image: str | None) -> list[ScanJob]:
+def _jobs(names: Mapping[str, str], label: str, image: str | None) -> list[ScanJob]:
     jobs = []
-    for location in locations:
+    for location, name in names.items():
         stat = None if is_remote(location) else Path(location).stat()
         state = "" if stat is None else f"{stat.st_size} {stat.st_mtime_ns}"
-        jobs.append(ScanJob(location, label, image, state))
+        jobs.append(ScanJob(location, name, label, image, state))
     return jobs
 
 
@@ -274,19 +282,13 @@ def _describe_shape(image_hwc: list[int]) -> str:
     return f"{height} x {width} ({'gray' if channels == 1 else 'color'})"
 
 
-def _index_warnings(index: DatasetIndex) -> list[str]:
+def _index_warnings(index: DatasetIndex, fractions: Mapping[str, float]) -> list[str]:
     """Returns what is odd about the splits but no error."""
     lines = []
-    training = {
-        (shard.sha256, shard.sidecar_sha256): None
-        for split in SPLITS[:2]
-        for shard in index.split(split).shards
-    }
+    training = {shard.sha256 for split in SPLITS[:2] for shard in index.split(split).shards}
     for split in SPLITS[2:]:
-        shared = sum(
-            (shard.sha256, shard.sidecar_sha256) in training for shard in index.split(split).shards
-        )
-        if shared:
+        shared = sum(shard.sha256 in training for shard in index.split(split).shards)
+        if shared and not fractions[split]:  # what is cut off shares shards, not records
             lines.append(
                 f"training also uses {plural(shared, f'{split} shard')}: errors on this split will"
                 " look too good"

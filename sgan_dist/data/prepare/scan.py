@@ -51,19 +51,20 @@ log = logging.getLogger(__name__)
 class ScanJob:
     """A shard to scan. Equal jobs give equal results.
 
-    `label` is where labels are, see `records.label_of`, and `image` the extension of images, None for
-    that of any image format. `state` holds the size and the modification time of a local file: with
-    another state it is another file.
+    `name` is that of the shard in the index. `label` is where labels are, see `records.label_of`, and
+    `image` the extension of images, None for that of any image format. `state` holds the size and the
+    modification time of a local file: with another state it is another file.
     """
 
     location: str
+    name: str
     label: str
     image: str | None
     state: str
 
     @property
-    def name(self) -> str:
-        """The location without what may be secret in it."""
+    def shown(self) -> str:
+        """The location without what may be secret in it, for messages."""
         return redact_url(self.location)
 
 
@@ -137,7 +138,7 @@ def scan_all(
             else:
                 scans[job] = result
     if broken:
-        reasons = [f"{job.name} ({broken[job]})" for job in jobs if job in broken]
+        reasons = [f"{job.shown} ({broken[job]})" for job in jobs if job in broken]
         raise UserError(
             f"{len(reasons)} of {len(jobs)} shards cannot be indexed: {'; '.join(reasons)}; repair"
             " them or leave them out of the patterns, and run the same command again: the other"
@@ -169,20 +170,20 @@ def scan_warnings(scans: Scans) -> list[str]:
     for reason, count in ignored.items():
         job, scan = next(item for item in scans.items() if reason in item[1].examples)
         lines.append(
-            f"{count} {reason} are passed over: the first is {scan.examples[reason]} of {job.name}"
+            f"{count} {reason} are passed over: the first is {scan.examples[reason]} of {job.shown}"
         )
     endless = [job for job, scan in scans.items() if not scan.has_end]
     if endless:
         lines.append(
             f"{len(endless)} shards lack the zeros at the end of a tar, the first is"
-            f" {endless[0].name}: if they were cut off, copy them again and index them again"
+            f" {endless[0].shown}: if they were cut off, copy them again and index them again"
         )
     return lines
 
 
 def describe_record(job: ScanJob, key: str) -> str:
     """Returns a record's name for messages."""
-    return f"shard {job.name}, record {key}"
+    return f"shard {job.shown}, record {key}"
 
 
 def _scan(job: ScanJob, out: Path, remote: RemoteConfig) -> ShardScan | str:
@@ -206,7 +207,7 @@ def _scan(job: ScanJob, out: Path, remote: RemoteConfig) -> ShardScan | str:
     finally:
         download.unlink(missing_ok=True)
     write_whole(samples_path, npy_bytes(samples), fsync=True)
-    write_whole(samples_path.with_suffix(".json"), json.dumps([job.name, asdict(scan)]))
+    write_whole(samples_path.with_suffix(".json"), json.dumps([job.shown, asdict(scan)]))
     return scan
 
 

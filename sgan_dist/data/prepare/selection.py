@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,15 +31,23 @@ class Selected:
     samples: Int64s
 
 
-def shard_name(out: Path, location: str) -> str:
-    """Returns a shard's name in the index: without secrets, and relative if it lies beside the index.
+def shard_names(out: Path, locations: Iterable[str]) -> dict[str, str]:
+    """Returns location -> name in the index: without secrets, and relative if it lies beside the index.
 
-    So the folder that holds both can be moved, and served.
+    So the folder that holds both can be moved, and served. URLs that differ in what may be secret, such
+    as `get?file=1` and `get?file=2`, are numbered.
     """
-    if is_remote(location):
-        return redact_url(location)
-    path = Path(location)
-    return os.path.relpath(path, out) if path.is_relative_to(out.parent) else location
+    names: dict[str, str] = {}
+    seen = Counter[str]()
+    for location in dict.fromkeys(locations):
+        name = location
+        if is_remote(location):
+            name = redact_url(location)
+        elif Path(location).is_relative_to(out.parent):
+            name = os.path.relpath(location, out)
+        names[location] = f"{name}#{seen[name]}" if seen[name] else name
+        seen[name] += 1
+    return names
 
 
 def classes_of(
@@ -55,8 +64,8 @@ def classes_of(
         if not first and split != "unlabeled":
             job = split_jobs[split][0]
             raise UserError(
-                f"no record of the {split} shards has a label, such as {job.name}: labels are read from"
-                f" {job.label}; --label names another place"
+                f"no record of the {split} shards has a label, such as {job.shown}: labels are read"
+                f" from {job.label}; --label names another place"
             )
     others = firsts.get("validation", {}) | firsts.get("test", {})
     classes, numbers = class_numbers(firsts["labeled"], others, names)
@@ -102,9 +111,9 @@ def select(
 
 
 def write_sidecars(
-    out: Path, split: str, selected: Sequence[Selected], scans: Scans
+    out: Path, split: str, selected: Sequence[Selected], scans: Scans, names: Mapping[str, str]
 ) -> tuple[Shard, ...]:
-    """Writes the sidecars of a split, and returns its shards."""
+    """Writes the sidecars of a split, and returns its shards, which have these names by location."""
     shutil.rmtree(out / split, ignore_errors=True)  # of a run that was killed right here
     (out / split).mkdir()
     shards = []
@@ -114,7 +123,7 @@ def write_sidecars(
         scan = scans[some.job]
         shards.append(
             Shard(
-                shard_name(out, some.job.location),
+                names[some.job.location],
                 len(some.samples),
                 scan.bytes,
                 scan.sha256,

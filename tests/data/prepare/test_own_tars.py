@@ -255,6 +255,24 @@ def test_index_expire_renew_resume(
             assert not secrets.search(path.read_bytes()), path
 
 
+def test_urls_that_differ_in_their_query_alone(tars: Path, tmp_path: Path) -> None:
+    def serve(handler: Handler, body: bytes) -> None:
+        body = (tars / f"{handler.path.partition('file=')[2]}.tar").read_bytes()
+        handler.begin(len(body))
+        handler.wfile.write(body)
+
+    with http_server(tars) as server:
+        server.faults["/get"] = serve
+        urls = [f"{server.url}/get?file={name}" for name in ("web-000", "web-001")]
+        index = index_shards(**request(tars, tmp_path / "out", unlabeled=urls))
+        shards = index.unlabeled.shards
+        assert [shard.name for shard in shards] == [f"{server.url}/get", f"{server.url}/get#1"]
+        images, _ = read_ids(tmp_path / "out", "unlabeled", tmp_path / "cache")
+    local = [str(tars / f"{name}.tar") for name in ("web-000", "web-001")]
+    index_shards(**request(tars, tmp_path / "local", unlabeled=local))
+    np.testing.assert_array_equal(images, read_ids(tmp_path / "local", "unlabeled")[0])
+
+
 def test_a_signed_root_is_not_shown(
     tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
