@@ -122,8 +122,7 @@ class Reader:
         self.verify(number)
         return UserError(
             f"cannot read shard {self.split.shards[number].name}: {_reason(error)}; it is as it was"
-            " indexed, so its sidecar of offsets may be wrong (delete that), or the index is"
-            f" ({prepare_again(self.storage.root)})"
+            f" indexed, so the index is wrong: {prepare_again(self.storage.root)}"
         )
 
     def places(self, number: int, file: BinaryIO) -> Places:

@@ -138,11 +138,8 @@ def decoded(
             )
         shape = (len(names), *rules.image_hwc)
         known = np.concatenate([part.known for part in some])
-        labels = known.copy()
-        labels[: len(some[0].labels)] = some[
-            0
-        ].labels  # those of further unlabeled images are not used
-        labels[len(some[0].labels) :] = UNLABELED
+        labels, own = np.full_like(known, UNLABELED), some[0].labels
+        labels[: len(own)] = own  # further unlabeled images have none
         pools[name] = Pool(
             images=np.memmap(folder / f"{name}.u8", np.uint8, "r", shape=shape),
             labels=labels,

@@ -1,7 +1,8 @@
 """Which images of a source are labeled, unlabeled, validation and test images: keyed, and by class.
 
 What is drawn from a class depends on the images of that class and their order, on nothing else: so a
-set gives the same splits from any source. Validation and test are the same for every choice of labels.
+set gives the same splits from any source. Validation and test are the same for every choice of labels,
+but for a list: what it names is never held out.
 """
 
 from __future__ import annotations
