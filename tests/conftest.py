@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import matplotlib.font_manager  # noqa: F401 - its cache of fonts is made by a process, before any test
 import pytest
 
 from sgan_dist.config import Config, parse
