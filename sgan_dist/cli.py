@@ -297,14 +297,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     add("--validation", type=int, help="images held out (default: a part of the labeled ones)")
     add("--test", metavar="SOURCE", help="test images, if the source has none (default: a fifth)")
     add("--unlabeled", metavar="SOURCE", help="further images to train on, without their labels")
-    add(
-        "--image_size",
-        type=_size,
-        metavar="N|HxW",
-        help="the size of all images (default: as it is)",
-    )
-    add("--resize", choices=("shorter", "exact"), default="shorter", help="how they get it")
-    add("--gray", action="store_true", help="with --image_size: one channel")
+    _add_pixels(parser)
     add("--image_column", help="of tables: where the images are; of tars: their extension")
     add("--label_column", help="of tables: where the labels are; of tars: cls, json:KEY, folder")
     add("--fold", type=int, help="of STL-10: the 1,000 images that may be labeled, 0 to 9")
@@ -324,14 +317,7 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
         part = "or: this part of the labeled records, by a hash of their keys"
         held.add_argument(f"--{split}_fraction", type=float, default=0.0, metavar="PART", help=part)
     add("--out", type=_path, required=True, help="the folder to create")
-    add(
-        "--image_size",
-        type=_size,
-        metavar="N|HxW",
-        help="the size of all images (default: as it is)",
-    )
-    add("--resize", choices=("shorter", "exact"), default="shorter", help="how they get it")
-    add("--gray", action="store_true", help="with --image_size: one channel instead of three")
+    _add_pixels(parser)
     add("--image", help="the extension of images, where records have several")
     add("--label", default="cls", help="where labels are: cls (default), json:KEY, folder, ...")
     add("--class_names", type=_path, metavar="FILE", help="one name a line, class 0 first")
@@ -340,6 +326,13 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
     add("--renew", action="store_true", help="take new URLs of the same shards")
     add("--tries", type=int, default=6, help="attempts per remote shard (default: 6)")
     add("--read_timeout", type=float, default=30.0, help="seconds without a byte (default: 30)")
+
+
+def _add_pixels(parser: argparse.ArgumentParser) -> None:
+    add, size = parser.add_argument, "the size of all images (default: as it is)"
+    add("--image_size", type=_size, metavar="N|HxW", help=size)
+    add("--resize", choices=("shorter", "exact"), default="shorter", help="how they get it")
+    add("--gray", action="store_true", help="with --image_size: one channel instead of three")
 
 
 def _log_error(line: str) -> None:

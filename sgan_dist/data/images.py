@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -46,6 +46,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = [_TURNS[orientation] for orientation in (5, 6, 7, 8)]  # which swap height and width
 
 
 @contextlib.contextmanager
@@ -142,6 +143,12 @@ def fit(
     return _scaled(pixels, image_hwc, resize, (height, width, channels), 1.0)
 
 
+def describe_shape(image_hwc: Sequence[int]) -> str:
+    """Returns (H, W, C) in words: `28 x 28 (gray)`."""
+    height, width, channels = image_hwc
+    return f"{height} x {width} ({'gray' if channels == 1 else 'color'})"
+
+
 class _File(NamedTuple):
     """An image whose header was read: its shape once turned; `pillow` is None for simplejpeg."""
 
@@ -165,7 +172,7 @@ def _open(encoded: bytes, version: int) -> _File:
     if height * width > MAX_PIXELS * (64 if pillow is None else 1):
         raise ValueError(f"{height} x {width} pixels, more than {MAX_PIXELS:,} are not decoded")
     turn = _turn(encoded, pillow) if version > 1 else None
-    if turn in (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8]):
+    if turn in _SIDEWAYS:
         height, width = width, height
     return _File(encoded, (height, width, 1 if gray else 3), pillow, turn)
 
@@ -209,7 +216,7 @@ def _pixels(file: _File, channels: int, eighths: int) -> tuple[NDArray[np.uint8]
     pixels, pillow = None, file.pillow
     height, width, _ = file.image_hwc
     if pillow is None:
-        if file.turn in (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8]):
+        if file.turn in _SIDEWAYS:
             height, width = width, height
         sides = math.ceil(height * eighths / 8), math.ceil(width * eighths / 8)
         _refuse_bomb(*sides)

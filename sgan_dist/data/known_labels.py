@@ -1,6 +1,6 @@
 """What is known of the classes of unlabeled images, in a file that training never reads.
 
-It tells afterwards how true the targets were. An import contract keeps it from losses and order.
+It shows afterwards how true the targets were. An import contract keeps it from losses and order.
 """
 
 from __future__ import annotations

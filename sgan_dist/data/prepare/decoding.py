@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from sgan_dist.data.images import Resize, decode, fit, header
+from sgan_dist.data.images import Resize, decode, describe_shape, fit, header
 from sgan_dist.data.order import Int64s
 from sgan_dist.data.prepare.folder import SKIPPED, Skipped
 from sgan_dist.data.prepare.processes import map_in_processes
@@ -249,15 +249,10 @@ def _pixels(item: bytes | Bytes, rules: PixelRules) -> Bytes:
         return fit(item, rules.image_hwc, rules.resize)
     if rules.resize == "none" and (shape := header(item)) != rules.image_hwc:
         raise UserError(
-            f"images differ: the first is {_describe(rules.image_hwc)}, another {_describe(shape)};"
-            " --image_size N scales and crops them to one size"
+            f"images differ: the first is {describe_shape(rules.image_hwc)}, another"
+            f" {describe_shape(shape)}; --image_size N scales and crops them to one size"
         )
     return decode(item, rules.image_hwc, rules.resize)
-
-
-def _describe(image_hwc: tuple[int, int, int]) -> str:
-    height, width, channels = image_hwc
-    return f"{height} x {width} ({'gray' if channels == 1 else 'color'})"
 
 
 def _first_shape(part: Part) -> tuple[int, int, int]:

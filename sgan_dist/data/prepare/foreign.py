@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from sgan_dist.config import RemoteConfig
-from sgan_dist.data.images import DECODE_VERSION, Resize
+from sgan_dist.data.images import DECODE_VERSION, Resize, describe_shape
 from sgan_dist.data.index import (
     DEFAULT,
     ORDERS,
@@ -88,7 +88,7 @@ def index_shards(
         out: the folder to make; absent, empty, or of an earlier run.
         validation_fraction, test_fraction: without patterns, this part of the labeled records is cut
             off, by a hash of their keys, and is neither in `labeled` nor in `unlabeled`.
-        image_size: (height, width) to which images are brought when they are read; None takes them as
+        image_size: (height, width) that images get when they are read; None takes them as
             they are, all of one size.
         resize: how, `shorter` or `exact`: see `images.fit`.
         gray: take resized images as gray, not as RGB.
@@ -269,17 +269,12 @@ def _image_hwc(
     for image_hwc, record in images:
         if image_hwc != first_hwc:
             raise UserError(
-                f"images differ: {_describe_shape(first_hwc)} of {first}, {_describe_shape(image_hwc)}"
+                f"images differ: {describe_shape(first_hwc)} of {first}, {describe_shape(image_hwc)}"
                 f" of {record}; --image_size N scales and crops them to one size (the shards that"
                 " were scanned are kept)"
             )
     height, width, channels = first_hwc
     return height, width, channels
-
-
-def _describe_shape(image_hwc: list[int]) -> str:
-    height, width, channels = image_hwc
-    return f"{height} x {width} ({'gray' if channels == 1 else 'color'})"
 
 
 def _index_warnings(index: DatasetIndex, fractions: Mapping[str, float]) -> list[str]:

@@ -53,9 +53,7 @@ def choose_column(
 ) -> str:
     """Returns the column of images or labels: the one that is wanted, or the one of a usual name."""
     matching = [wanted] if wanted is not None else [name for name in usual if name in present]
-    if len(matching) == 1 and matching[0] in present:
-        return matching[0]
-    if wanted is None and matching:
+    if matching and matching[0] in present:
         return matching[0]
     raise UserError(
         f"{place} has the columns {', '.join(present)}: name the {kind} column with --{kind}_column"
